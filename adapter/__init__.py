@@ -1,0 +1,34 @@
+"""The method in plain PyTorch: projection, user cross-attention, sites in a UNet, files.
+
+Knows nothing of ComfyUI, diffusers or language models.
+"""
+
+from .config import NULL_MODES, PAPER_CATEGORIES, AdapterConfig, EncoderSpec, NullMode
+from .constant import PSAAdapter, SiteVectors, UserCrossAttention, UserProjection
+from .errors import AdapterError
+from .families import FAMILIES, Family, family_name
+from .files import SUFFIXES, load_adapter, save_adapter
+from .sites import WORKS_WITH, BlockKey, Site, find_sites
+
+__all__ = [
+    "FAMILIES",
+    "NULL_MODES",
+    "PAPER_CATEGORIES",
+    "SUFFIXES",
+    "WORKS_WITH",
+    "AdapterConfig",
+    "AdapterError",
+    "BlockKey",
+    "EncoderSpec",
+    "Family",
+    "NullMode",
+    "PSAAdapter",
+    "Site",
+    "SiteVectors",
+    "UserCrossAttention",
+    "UserProjection",
+    "family_name",
+    "find_sites",
+    "load_adapter",
+    "save_adapter",
+]

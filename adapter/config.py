@@ -1,0 +1,77 @@
+"""What an adapter says about itself: the metadata of an adapter file, validated."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+
+from .families import describe, family_name
+
+FORMAT_VERSION = 1
+NullMode = Literal["zero_embedding", "none"]
+NULL_MODES: tuple[NullMode, ...] = ("zero_embedding", "none")
+
+# The seven categories of the paper, in the order in which its release lists them.
+PAPER_CATEGORIES = ("Hate", "Harassment", "Violence", "Self-Harm", "Sexuality", "Shocking", "Propaganda")
+PAPER_EMBEDDING_DIM = 3584
+PAPER_LANGUAGE_MODEL = "Qwen/Qwen2.5-7B-Instruct"
+
+
+class EncoderSpec(BaseModel):
+    """Which encoder made the user embeddings that an adapter was trained on.
+
+    ``kind`` is ``"llm"`` (``name`` is a language model, ``template`` the prompt that a profile fills; None
+    if the adapter does not tell) or ``"attributes"`` (``name`` is the version of the encoding).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["llm", "attributes"]
+    name: str = Field(min_length=1)
+    template: str | None = None
+
+
+class AdapterConfig(BaseModel):
+    """The configuration of an adapter. ``hidden_sizes`` has one entry per site, in diffusers' order.
+
+    ``null`` says what the unconditional half of classifier-free guidance was trained with: the projection
+    of a zero embedding (the paper) or nothing. ``training`` is free-form: how the adapter was made.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["constant"] = "constant"
+    base: str = ""
+    hidden_sizes: tuple[PositiveInt, ...] = Field(min_length=1)
+    cross_attention_dim: PositiveInt
+    embedding_dim: PositiveInt
+    num_tokens: PositiveInt = 1
+    null: NullMode = "zero_embedding"
+    encoder: EncoderSpec
+    categories: tuple[str, ...] = PAPER_CATEGORIES
+    training: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("num_tokens")
+    @classmethod
+    def _one_token(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError(
+                f"it has {value} user tokens; this version applies one. With one token the user attention is a "
+                "constant vector per layer, with more it would need real attention"
+            )
+        return value
+
+    def model_post_init(self, _context: Any) -> None:
+        """Fill in the family's name, which follows from the dimensions."""
+        if not self.base:
+            object.__setattr__(self, "base", family_name(self.hidden_sizes, self.cross_attention_dim))
+
+    @property
+    def num_sites(self) -> int:
+        """The number of cross-attention layers."""
+        return len(self.hidden_sizes)
+
+    def describe_base(self) -> str:
+        """Return the base in words, for messages."""
+        return describe(self.hidden_sizes, self.cross_attention_dim)

@@ -1,0 +1,129 @@
+"""Adapter files: our self-describing safetensors format, read and written, and the way into every format.
+
+Format version 1: tensors ``user_proj.{proj,norm}.{weight,bias}``, ``sites.<i>.to_v_user.weight`` (diffusers'
+order), ``embedding_mean`` and ``embedding_std``; metadata ``format``, ``format_version`` and ``config``, the
+JSON of :class:`AdapterConfig`. The published release has its own module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..atomic import replacing
+from .config import FORMAT_VERSION, AdapterConfig
+from .constant import PSAAdapter
+from .errors import AdapterError
+from .release import flatten_release, read_pickle, translate_release
+
+FORMAT = "psa_adapter"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+
+
+def load_adapter(path: Path) -> PSAAdapter:
+    """Load an adapter: our format, or the published release as pickle or safetensors.
+
+    Pickles are read with ``weights_only=True``: code in them never runs.
+
+    Raises:
+        AdapterError: the file is missing, damaged, no adapter, incomplete, or holds NaN or infinity.
+    """
+    if not path.is_file():
+        raise AdapterError(f"There is no adapter file {path}. Put the adapter there, or choose another one.")
+    if path.suffix in PICKLE_SUFFIXES:
+        config, tensors = translate_release(flatten_release(read_pickle(path), path), path)
+        return _build(config, tensors, path)
+    if path.suffix != ".safetensors":
+        raise AdapterError(f"{path.name} is not an adapter file: expected one of {', '.join(SUFFIXES)}.")
+    tensors, metadata = _read_safetensors(path)
+    if metadata.get("format") == FORMAT:
+        config = _read_config(metadata, path)
+    else:
+        config, tensors = translate_release(tensors, path)
+    return _build(config, tensors, path)
+
+
+def save_adapter(adapter: PSAAdapter, path: Path) -> None:
+    """Write an adapter in our format. A failure leaves an existing file as it was.
+
+    Each tensor is stored as bfloat16 if that loses nothing (the release's projection), else as float32.
+    """
+    tensors = {name: _compact(tensor.detach().cpu()) for name, tensor in adapter.state_dict().items()}
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "config": adapter.config.model_dump_json(),
+    }
+    with replacing(path) as aside:
+        save_file(tensors, aside, metadata)
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    small = tensor.to(torch.bfloat16)
+    return small if torch.equal(small.to(tensor.dtype), tensor) else tensor.contiguous()
+
+
+def _read_config(metadata: Mapping[str, str], path: Path) -> AdapterConfig:
+    version = metadata.get("format_version", "")
+    if version != str(FORMAT_VERSION):
+        raise AdapterError(
+            f"{path.name} has format version {version or 'unknown'}; this version of ComfyUI-PSA reads version "
+            f"{FORMAT_VERSION}. Update ComfyUI-PSA, or ask for the adapter in the older format."
+        )
+    try:
+        return AdapterConfig.model_validate_json(metadata.get("config", ""))
+    except ValidationError as error:
+        details = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
+        raise AdapterError(
+            f"The description inside {path.name} is not one that this version understands ({details}). "
+            "Update ComfyUI-PSA, or get the adapter again."
+        ) from None
+
+
+def _build(config: AdapterConfig, tensors: Mapping[str, Tensor], path: Path) -> PSAAdapter:
+    adapter = PSAAdapter(config)
+    expected = adapter.state_dict()
+    missing = sorted(expected.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        raise AdapterError(
+            f"{path.name} does not hold the layers that it describes ({config.describe_base()}): "
+            f"{_some(missing)} missing, {_some(extra)} too many. Get the adapter again."
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise AdapterError(
+                f"In {path.name} the layer {name} has shape {list(tensor.shape)}, expected "
+                f"{list(expected[name].shape)}. Get the adapter again."
+            )
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(
+                f"In {path.name} the layer {name} holds values that are not numbers (NaN or infinity). "
+                "The training that made it went wrong, or the file is damaged: get the adapter again."
+            )
+    if not bool((tensors["embedding_std"] > 0).all()):
+        raise AdapterError(f"In {path.name} the embedding deviation is not positive. Train or convert it again.")
+    adapter.load_state_dict(dict(tensors))
+    return adapter.requires_grad_(False).eval()
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)}{f' ({names[0]}, ...)' if names else ''}"
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(
+            f"{path.name} could not be read as safetensors ({error}). It is damaged, not fully downloaded, or "
+            "another kind of file: get it again."
+        ) from None

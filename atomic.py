@@ -1,0 +1,30 @@
+"""Files that are either written whole or not at all: written beside their place, then renamed over it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PRIVATE = 0o600
+
+
+@contextmanager
+def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
+    """Yield a new, empty file beside ``path``; rename it over ``path`` if the block succeeds.
+
+    If the block raises, ``path`` is as it was and nothing is left behind. ``mode`` are the permissions,
+    set before anything is written (``PRIVATE``: only the owner reads and writes).
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+    try:
+        yield aside
+        aside.chmod(mode)  # the writer may have made the file anew
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

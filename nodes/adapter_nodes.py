@@ -1,0 +1,132 @@
+"""Load PSA Adapter and Apply PSA: the two ends of the graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..adapter import NullMode, PSAAdapter, load_adapter
+from ..profiles import SafetyEmbedding
+from .apply import apply_psa
+from .folders import ADAPTERS, file_names, file_path
+from .schema import Adapter, Embedding, advanced_combo, node_schema
+
+AS_TRAINED = "as trained"
+_UNCONDITIONAL: dict[str, NullMode | None] = {
+    AS_TRAINED: None,
+    "zero embedding": "zero_embedding",
+    "none": "none",
+}
+
+
+class PSALoadAdapter(io.ComfyNode):
+    """Reads an adapter file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """One choice: the files in models/psa_adapters."""
+        return node_schema(
+            ["PSA", "personalized safety", "safety adapter", "load adapter"],
+            node_id="PSALoadAdapter",
+            display_name="Load PSA Adapter",
+            description="Loads a Personalized Safety Alignment adapter from models/psa_adapters: our "
+            "safetensors format, or the published psa_adapter.bin.",
+            inputs=[
+                io.Combo.Input(
+                    "adapter_name",
+                    options=file_names(ADAPTERS),
+                    tooltip="A file in models/psa_adapters. It has to fit the checkpoint's family (SD1.x, SDXL, ...).",
+                )
+            ],
+            outputs=[
+                Adapter.Output("adapter", display_name="adapter", tooltip="For Encode Safety Profile and Apply PSA.")
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, adapter_name: str) -> bool | str:
+        """Accept a file that exists; else say where it belongs."""
+        path = file_path(ADAPTERS, adapter_name)
+        return path.is_file() or (
+            f'There is no adapter "{adapter_name}" on this machine. Put the file at {path} and refresh (R), or '
+            "choose another adapter."
+        )
+
+    @classmethod
+    def execute(cls, adapter_name: str) -> io.NodeOutput:
+        """Load the adapter."""
+        return io.NodeOutput(load_adapter(file_path(ADAPTERS, adapter_name)))
+
+
+class PSAApply(io.ComfyNode):
+    """Patches a model so that it follows a person's boundaries."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Model, adapter and embedding in; model out."""
+        return node_schema(
+            ["PSA", "personalized safety", "safety", "alignment", "apply adapter"],
+            node_id="PSAApply",
+            display_name="Apply PSA",
+            description="Makes generation follow a person's boundaries. Works beside LoRA, IPAdapter and "
+            "ControlNet; chain two of them to add them up. Strength 0 is exactly the base model.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to patch: a UNet of the adapter's family."),
+                Adapter.Input("adapter", tooltip="From Load PSA Adapter."),
+                Embedding.Input(
+                    "embedding", tooltip="From Encode Safety Profile or Load Safety Embedding: one, or one per image."
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=3.0,
+                    step=0.05,
+                    tooltip="1 is the adapter as trained, 0 exactly the base model; more suppresses and changes more.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the sampling run PSA begins to act: 0 is the first step.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the sampling run PSA stops to act: 1 is after the last step.",
+                ),
+                advanced_combo(
+                    "unconditional",
+                    options=list(_UNCONDITIONAL),
+                    default=AS_TRAINED,
+                    optional=True,
+                    tooltip="What the negative half gets: what the adapter was trained with, the projection of a zero "
+                    "embedding (the paper), or nothing.",
+                ),
+            ],
+            outputs=[io.Model.Output("patched_model", display_name="MODEL", tooltip="For a sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        adapter: PSAAdapter,
+        embedding: SafetyEmbedding,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        unconditional: str = AS_TRAINED,
+    ) -> io.NodeOutput:
+        """Patch a clone of the model."""
+        null = _UNCONDITIONAL[unconditional]
+        return io.NodeOutput(apply_psa(model, adapter, embedding, strength, start_percent, end_percent, null))
+
+
+NODES: list[type[io.ComfyNode]] = [PSALoadAdapter, PSAApply]

@@ -1,0 +1,65 @@
+"""The meeting of adapter, embedding and model: checks that they belong together, then patches a clone."""
+
+from __future__ import annotations
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..adapter import AdapterError, EncoderSpec, NullMode, PSAAdapter, find_sites
+from ..profiles import EncoderError, SafetyEmbedding
+from ..profiles.encoders import AttributesEncoder, llm_identity
+from .patch import UserPatch
+
+
+def apply_psa(
+    model: ModelPatcher,
+    adapter: PSAAdapter,
+    embedding: SafetyEmbedding,
+    strength: float = 1.0,
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
+    null: NullMode | None = None,
+) -> ModelPatcher:
+    """Return a clone of ``model`` that follows the users in ``embedding``.
+
+    Args:
+        model: any UNet with cross-attention of the adapter's family.
+        adapter: the adapter.
+        embedding: one user, or as many as the latent batch has images.
+        strength: 0 gives exactly the base model, 1 the adapter as trained.
+        start_percent: where in the sampling run the adapter begins, 0 to 1.
+        end_percent: where it ends; the step that begins there is no longer changed.
+        null: what the unconditional half gets; by default as trained.
+
+    Raises:
+        AdapterError: the adapter does not fit the model, or the range is empty.
+        EncoderError: the embedding is from another encoder than the adapter's.
+    """
+    if start_percent >= end_percent:
+        raise AdapterError(
+            f"Apply PSA would never act: start_percent {start_percent:g} is not before end_percent {end_percent:g}. "
+            "Set a range, or strength 0 if the base model is what you want."
+        )
+    check_encoder(adapter, embedding)
+    sites = find_sites(model.model.diffusion_model)
+    adapter.check_sites(sites)
+    with torch.no_grad():
+        vectors = adapter.site_vectors(embedding.vectors, null)
+    return UserPatch(vectors, sites, strength, start_percent, end_percent).attach(model)
+
+
+def check_encoder(adapter: PSAAdapter, embedding: SafetyEmbedding) -> None:
+    """Raise EncoderError if the embedding names another encoder than the adapter was trained with."""
+    expected = encoder_identity(adapter.config.encoder)
+    if embedding.encoder and expected and embedding.encoder != expected:
+        raise EncoderError(
+            f"The embedding comes from the encoder {embedding.encoder}, but the adapter was trained with {expected}. "
+            "Encode the profile again with this adapter (Encode Safety Profile)."
+        )
+
+
+def encoder_identity(spec: EncoderSpec) -> str | None:
+    """Return the identity of the encoder that an adapter names; None if its template is not known."""
+    if spec.kind == "attributes":
+        return AttributesEncoder.identity
+    return None if spec.template is None else llm_identity(spec.name, spec.template)

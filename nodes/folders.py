@@ -1,0 +1,56 @@
+"""Where this pack's files lie in a ComfyUI: adapters, embeddings, language models, private profiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+from ..adapter import SUFFIXES as ADAPTER_SUFFIXES
+from ..profiles import ProfileStore, profiles_folder
+from ..profiles.embedding import SUFFIXES as EMBEDDING_SUFFIXES
+
+ADAPTERS = "psa_adapters"
+EMBEDDINGS = "psa_embeddings"
+LANGUAGE_MODELS = "LLM"
+
+
+def register_folders() -> None:
+    """Add ``models/psa_adapters``, ``models/psa_embeddings`` and ``models/LLM`` to ComfyUI's folders."""
+    _register(ADAPTERS, set(ADAPTER_SUFFIXES))
+    _register(EMBEDDINGS, set(EMBEDDING_SUFFIXES))
+    _register(LANGUAGE_MODELS, None)
+
+
+def _register(name: str, suffixes: set[str] | None) -> None:
+    folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
+    if suffixes:
+        # A new entry has an empty set, which would list every file.
+        paths, _ = folder_paths.folder_names_and_paths[name]
+        folder_paths.folder_names_and_paths[name] = (paths, suffixes)
+
+
+def file_names(folder: str) -> list[str]:
+    """Return the files of a registered folder, as a choice for an artist."""
+    return list(folder_paths.get_filename_list(folder))
+
+
+def file_path(folder: str, name: str) -> Path:
+    """Return the path of a file that an artist chose; a missing file gives the path where it should be."""
+    found = folder_paths.get_full_path(folder, name)
+    return Path(found) if found else Path(folder_paths.get_folder_paths(folder)[0]) / Path(name).name
+
+
+def language_model_folders() -> list[Path]:
+    """Return the folders in which language models lie."""
+    return [Path(path) for path in folder_paths.get_folder_paths(LANGUAGE_MODELS)]
+
+
+def profile_store() -> ProfileStore:
+    """Return the private store, in a folder of the user directory that ComfyUI serves to nobody."""
+    return ProfileStore(profiles_folder(Path(folder_paths.get_user_directory())))
+
+
+def embedding_cache() -> Path:
+    """Return the folder of cached embeddings, beside the profiles and as private."""
+    return profile_store().root.with_name("embeddings")

@@ -1,0 +1,176 @@
+"""Safety Level, User Safety Profile, Encode Safety Profile and Load Safety Embedding: who the user is."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..adapter import PSAAdapter
+from ..profiles import (
+    ACTIVE,
+    Profile,
+    ProfileError,
+    find_level,
+    levels,
+    load_embedding,
+    private_fingerprint,
+)
+from .encode import encode_profile
+from .folders import EMBEDDINGS, file_names, file_path, profile_store
+from .schema import Adapter, Embedding, UserProfile, node_schema
+
+
+class PSASafetyLevel(io.ComfyNode):
+    """Offers the six levels of the paper as profiles."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """One choice: L0 to L5."""
+        return node_schema(
+            ["PSA", "safety preset", "strictness", "safety level"],
+            node_id="PSASafetyLevel",
+            display_name="Safety Level",
+            description="A ready-made profile, from L0 (nothing banned) to L5 (everything banned). The people "
+            "behind the levels are synthetic.",
+            inputs=[
+                io.Combo.Input(
+                    "level",
+                    options=[level.label for level in levels()],
+                    default=levels()[3].label,
+                    tooltip="How strict generation is. A shared workflow contains this choice.",
+                )
+            ],
+            outputs=[UserProfile.Output("profile", display_name="profile", tooltip="For Encode Safety Profile.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, level: str) -> bool | str:
+        """Accept a level by its id, so that workflows outlive a change of the labels."""
+        try:
+            find_level(level)
+        except ProfileError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, level: str) -> io.NodeOutput:
+        """Return the level's profile."""
+        return io.NodeOutput(find_level(level).profile)
+
+
+class PSAUserProfile(io.ComfyNode):
+    """Refers to a profile in the private store; only the reference is in the workflow."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """One choice: the active profile, or one by its random id."""
+        return node_schema(
+            ["PSA", "user profile", "safety profile", "my profile", "boundaries"],
+            node_id="PSAUserProfile",
+            display_name="User Safety Profile",
+            description="Your profile, or another one stored on this machine. The workflow holds only a "
+            "reference: whoever opens it gets their own boundaries. Make profiles with `psa profile new`.",
+            inputs=[
+                io.Combo.Input(
+                    "profile_id",
+                    options=[ACTIVE, *_profile_ids()],
+                    default=ACTIVE,
+                    tooltip='"active" is the active profile of whoever runs the workflow; the others are random ids '
+                    "(`psa profile list` shows their names).",
+                )
+            ],
+            outputs=[UserProfile.Output("profile", display_name="profile", tooltip="For Encode Safety Profile.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, profile_id: str) -> bool | str:
+        """Accept a reference to a readable profile; anything else stops the prompt before it runs."""
+        try:
+            profile_store().resolve(profile_id)
+        except ProfileError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, profile_id: str) -> str:
+        """Change when the profile does. ComfyUI saves this into images: it tells nothing of the profile."""
+        try:
+            return private_fingerprint(profile_store().resolve(profile_id).profile)
+        except ProfileError:
+            return "unreadable"
+
+    @classmethod
+    def execute(cls, profile_id: str) -> io.NodeOutput:
+        """Read the profile."""
+        return io.NodeOutput(profile_store().resolve(profile_id).profile)
+
+
+def _profile_ids() -> list[str]:
+    try:
+        return [entry.id for entry in profile_store().entries()]
+    except ProfileError:
+        return []
+
+
+class PSAEncodeProfile(io.ComfyNode):
+    """Turns a profile into the embedding that an adapter understands."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Adapter and profile in; embedding out."""
+        return node_schema(
+            ["PSA", "encode profile", "user embedding", "safety embedding"],
+            node_id="PSAEncodeProfile",
+            display_name="Encode Safety Profile",
+            description="Turns a profile into an embedding with the encoder that the adapter names: a language model "
+            "from models/LLM, which is never downloaded by itself, or none at all. Results are kept on disk.",
+            inputs=[
+                Adapter.Input("adapter", tooltip="From Load PSA Adapter: it says which encoder to use."),
+                UserProfile.Input("profile", tooltip="From User Safety Profile or Safety Level."),
+            ],
+            outputs=[Embedding.Output("embedding", display_name="embedding", tooltip="For Apply PSA.")],
+        )
+
+    @classmethod
+    def execute(cls, adapter: PSAAdapter, profile: Profile) -> io.NodeOutput:
+        """Encode the profile."""
+        return io.NodeOutput(encode_profile(adapter, profile))
+
+
+class PSALoadEmbedding(io.ComfyNode):
+    """Reads an embedding that was made elsewhere."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """One choice: the files in models/psa_embeddings."""
+        return node_schema(
+            ["PSA", "load embedding", "user embedding", "safety embedding"],
+            node_id="PSALoadEmbedding",
+            display_name="Load Safety Embedding",
+            description="Loads a user embedding from models/psa_embeddings, so that no language model is needed. "
+            "An embedding tells of its user: share it with the same care as a profile.",
+            inputs=[
+                io.Combo.Input(
+                    "embedding_name",
+                    options=file_names(EMBEDDINGS),
+                    tooltip="A .npy or .safetensors file in models/psa_embeddings: one user, or one per image.",
+                )
+            ],
+            outputs=[Embedding.Output("embedding", display_name="embedding", tooltip="For Apply PSA.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, embedding_name: str) -> bool | str:
+        """Accept a file that exists; else say where it belongs."""
+        path = file_path(EMBEDDINGS, embedding_name)
+        return path.is_file() or (
+            f'There is no embedding "{embedding_name}" on this machine. Put the file at {path} and refresh (R), or '
+            "choose another embedding."
+        )
+
+    @classmethod
+    def execute(cls, embedding_name: str) -> io.NodeOutput:
+        """Load the embedding."""
+        return io.NodeOutput(load_embedding(file_path(EMBEDDINGS, embedding_name)))
+
+
+NODES: list[type[io.ComfyNode]] = [PSASafetyLevel, PSAUserProfile, PSAEncodeProfile, PSALoadEmbedding]

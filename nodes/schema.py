@@ -1,0 +1,29 @@
+"""The pack's socket types and category, and schema fields that older ComfyUI releases do not know."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+from comfy_api.latest import io
+
+Adapter = io.Custom("PSA_ADAPTER")
+Embedding = io.Custom("PSA_EMBEDDING")
+UserProfile = io.Custom("PSA_PROFILE")
+
+_SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
+
+
+def node_schema(search_aliases: list[str], **fields: Any) -> io.Schema:
+    """Return a schema in the pack's category, with search aliases where this ComfyUI knows them."""
+    if "search_aliases" in _SCHEMA_FIELDS:
+        fields["search_aliases"] = search_aliases
+    return io.Schema(category="PSA", **fields)
+
+
+def advanced_combo(*args: Any, **kwargs: Any) -> io.Combo.Input:
+    """Return a choice that is folded away as advanced, where this ComfyUI can do so."""
+    if "advanced" in inspect.signature(io.Combo.Input).parameters:
+        kwargs["advanced"] = True
+    return io.Combo.Input(*args, **kwargs)

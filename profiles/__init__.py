@@ -1,0 +1,41 @@
+"""Who the user is: schema, rules, levels, private store, and encoders from a profile to an embedding.
+
+Knows nothing of UNets or ComfyUI. The encoders, which need transformers, are in ``profiles.encoders``.
+"""
+
+from .embedding import SafetyEmbedding, load_embedding, save_embedding
+from .errors import EncoderError, ProfileError, StoreError
+from .levels import Level, find_level, levels
+from .policy import Decision, banned_categories, decide
+from .schema import CATEGORIES, Category, Profile, parse_profile
+from .simulate import simulate_users, user_row
+from .store import ACTIVE, ProfileStore, StoredProfile, private_fingerprint, profiles_folder
+from .template import default_template, fill_template
+
+__all__ = [
+    "ACTIVE",
+    "CATEGORIES",
+    "Category",
+    "Decision",
+    "EncoderError",
+    "Level",
+    "Profile",
+    "ProfileError",
+    "ProfileStore",
+    "SafetyEmbedding",
+    "StoreError",
+    "StoredProfile",
+    "banned_categories",
+    "decide",
+    "default_template",
+    "fill_template",
+    "find_level",
+    "levels",
+    "load_embedding",
+    "parse_profile",
+    "private_fingerprint",
+    "profiles_folder",
+    "save_embedding",
+    "simulate_users",
+    "user_row",
+]

@@ -1,0 +1,5 @@
+"""``python -m comfyui_psa.training`` is the command ``psa``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,53 @@
+"""``psa convert``: a published adapter becomes a self-describing one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..adapter import AdapterError, load_adapter, save_adapter
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="The published psa_adapter.bin or .safetensors.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
+    template: Annotated[
+        Path | None, typer.Option(help="The prompt template; by default get_embeds.txt beside IN.")
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="The language model of the embeddings; by default the published one.")
+    ] = None,
+) -> None:
+    """Turn a published adapter into a self-describing .safetensors of half the size."""
+    if target.suffix != ".safetensors":
+        raise AdapterError(f"{target.name} should end in .safetensors: that is the format that is written.")
+    if not target.parent.is_dir():
+        raise AdapterError(f"The folder {target.parent} does not exist. Make it, or choose another one.")
+    if template is not None and not template.is_file():
+        raise AdapterError(f"There is no template {template}.")
+    adapter = load_adapter(source)
+    changes: dict[str, Any] = {}
+    if encoder is not None:
+        changes["name"] = encoder
+    if template is not None:
+        changes["template"] = template.read_text(encoding="utf-8")
+    spec = adapter.config.encoder.model_copy(update=changes)
+    adapter.config = adapter.config.model_copy(update={"encoder": spec})
+    save_adapter(adapter, target)
+    config = adapter.config
+    console = Console(soft_wrap=True)
+    console.print(
+        f"{target}: {config.describe_base()}, embeddings of {config.embedding_dim} numbers from {config.encoder.name}, "
+        f"{source.stat().st_size / 1e6:.1f} MB before, {target.stat().st_size / 1e6:.1f} MB now.",
+        highlight=False,
+        markup=False,
+    )
+    if config.encoder.kind == "llm" and config.encoder.template is None:
+        console.print(
+            "It has no prompt template, so it works with Load Safety Embedding only. For Encode Safety Profile "
+            "convert it again with --template.",
+            style="yellow",
+        )

@@ -1,0 +1,45 @@
+"""The command ``psa``: reads the command line, calls the rooms, shows results and errors."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..adapter import AdapterError
+from ..profiles import EncoderError, ProfileError
+from .adapter_commands import convert
+from .profile_commands import profile_app, users
+
+app = typer.Typer(
+    help="Personalized Safety Alignment: adapters, profiles and the demo.",
+    no_args_is_help=True,
+    # A traceback with local variables would print profiles.
+    pretty_exceptions_show_locals=False,
+)
+app.add_typer(profile_app, name="profile")
+app.command()(convert)
+app.command()(users)
+
+
+@app.command()
+def demo(
+    comfyui: Annotated[Path, typer.Option(help="The folder of a ComfyUI (with main.py).", envvar="COMFYUI_PATH")],
+    output: Annotated[Path, typer.Option(help="The contact sheet to write.")] = Path("demo_output/levels.png"),
+) -> None:
+    """Run the example workflow in a real ComfyUI for the levels L0 to L5, and draw a contact sheet."""
+    from .demo import run_demo
+
+    run_demo(comfyui, output)
+
+
+def main() -> None:
+    """Run the command; an error of ours is a sentence on stderr and exit code 1."""
+    try:
+        app()
+    except (AdapterError, ProfileError, EncoderError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"psa: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)

@@ -1,0 +1,185 @@
+"""``psa profile`` and ``psa users``: the private store and simulated users from the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..atomic import replacing
+from ..profiles import (
+    Profile,
+    ProfileError,
+    ProfileStore,
+    decide,
+    find_level,
+    parse_profile,
+    profiles_folder,
+    simulate_users,
+    user_row,
+)
+from ..profiles.schema import GENDERS, MENTAL_CONDITIONS, PHYSICAL_CONDITIONS, RELIGIONS
+from ..profiles.simulate import COLUMNS
+
+USER_DIRECTORY = "PSA_USER_DIRECTORY"
+
+profile_app = typer.Typer(help="Your profiles, in the private folder of your ComfyUI.", no_args_is_help=True)
+console = Console(soft_wrap=True, highlight=False)
+
+UserDirectory = Annotated[
+    Path | None,
+    typer.Option(
+        help="ComfyUI's user folder; not needed if this pack lies in ComfyUI's custom_nodes.", envvar=USER_DIRECTORY
+    ),
+]
+ProfileId = Annotated[str, typer.Argument(metavar="ID", help="The profile's id, as in `psa profile list`.")]
+
+
+@profile_app.command()
+def new(
+    name: Annotated[str | None, typer.Option(help="What you call the profile.")] = None,
+    age: Annotated[str | None, typer.Option(help="Years, 0 to 130.")] = None,
+    gender: Annotated[str | None, typer.Option(help=f"{', '.join(GENDERS)}, or free text.")] = None,
+    religion: Annotated[str | None, typer.Option(help=f"{', '.join(RELIGIONS)}, or free text.")] = None,
+    physical_condition: Annotated[
+        str | None, typer.Option(help=f"{', '.join(PHYSICAL_CONDITIONS)}, or free text.")
+    ] = None,
+    mental_condition: Annotated[str | None, typer.Option(help=f"{', '.join(MENTAL_CONDITIONS)}, or free text.")] = None,
+    ban: Annotated[list[str] | None, typer.Option(help="Ban a category whatever the rules say (repeatable).")] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="Allow a category likewise (repeatable).")] = None,
+    notes: Annotated[str | None, typer.Option(help="For yourself; used nowhere.")] = None,
+    level: Annotated[str | None, typer.Option(help="Start from a safety level, L0 to L5.")] = None,
+    activate: Annotated[bool, typer.Option("--activate", help="Make it the active profile.")] = False,
+    user_directory: UserDirectory = None,
+) -> None:
+    """Make a profile. Without options it asks, so that your shell's history remembers nothing."""
+    store = _store(user_directory)
+    fields: dict[str, Any] = find_level(level).profile.model_dump() if level else {}
+    given = {
+        "name": name,
+        "age": age,
+        "gender": gender,
+        "religion": religion,
+        "physical_condition": physical_condition,
+        "mental_condition": mental_condition,
+        "notes": notes,
+    }
+    if level is None and not ban and not allow and all(value is None for value in given.values()):
+        given = _ask()
+    fields |= {field: value for field, value in given.items() if value not in (None, "")}
+    fields["overrides"] = fields.get("overrides", {}) | _overrides(ban, "ban") | _overrides(allow, "allow")
+    if isinstance(fields.get("age"), str) and fields["age"].strip().isdecimal():
+        fields["age"] = int(fields["age"])
+    stored = store.create(parse_profile(fields, "The new profile"))
+    if activate:
+        store.activate(stored.id)
+    console.print(f"{stored.id}{' (active)' if activate else ''}", markup=False)
+
+
+@profile_app.command("list")
+def list_profiles(user_directory: UserDirectory = None) -> None:
+    """List your profiles: id, name, and which one is active."""
+    table = Table("id", "name", "active")
+    for entry in _store(user_directory).entries():
+        name = f"[red]unreadable[/]: {entry.problem}" if entry.problem else entry.name
+        table.add_row(entry.id, name, "active" if entry.active else "")
+    console.print(table)
+
+
+@profile_app.command()
+def show(profile_id: ProfileId, user_directory: UserDirectory = None) -> None:
+    """Show one profile, and which category it bans for which reason."""
+    profile = _store(user_directory).resolve(profile_id).profile
+    attributes = Table("attribute", "value")
+    for field, value in profile.model_dump(exclude={"overrides"}).items():
+        attributes.add_row(field.replace("_", " "), "not said" if value in (None, "") else str(value))
+    bans = Table("category", "decision", "why")
+    for category, decision in decide(profile).items():
+        bans.add_row(category, "banned" if decision.banned else "allowed", ", ".join(decision.reasons))
+    console.print(attributes, bans)
+
+
+@profile_app.command()
+def delete(
+    profile_id: ProfileId,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    user_directory: UserDirectory = None,
+) -> None:
+    """Delete a profile for good."""
+    store = _store(user_directory)
+    if not yes:
+        typer.confirm(f"Delete profile {profile_id} for good?", abort=True)
+    store.delete(profile_id)
+
+
+@profile_app.command()
+def activate(profile_id: ProfileId, user_directory: UserDirectory = None) -> None:
+    """Make a profile the active one, which "active" in a workflow refers to."""
+    _store(user_directory).activate(profile_id)
+
+
+@profile_app.command()
+def schema() -> None:
+    """Print the JSON schema of a profile."""
+    console.print_json(json.dumps(Profile.model_json_schema()))
+
+
+def users(
+    n: Annotated[int, typer.Option("--n", min=1, help="How many.")] = 1000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same users.")] = 2025,
+    output: Annotated[Path | None, typer.Option(help="A CSV file; by default the terminal.")] = None,
+) -> None:
+    """Simulate users with the published distribution, as the release's users.csv, banned by the rules."""
+    rows = [user_row(number, user) for number, user in enumerate(simulate_users(n, seed), start=1)]
+    if output is None:
+        _write_csv(sys.stdout, rows)
+        return
+    try:
+        with replacing(output) as aside, aside.open("w", encoding="utf-8", newline="") as file:
+            _write_csv(file, rows)
+    except OSError as error:
+        raise ProfileError(f"{output} cannot be written ({error.strerror}). Choose another file.") from None
+
+
+def _write_csv(file: Any, rows: Sequence[dict[str, str]]) -> None:
+    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _ask() -> dict[str, str | None]:
+    console.print("Every answer may stay empty: then nothing follows from it.")
+    questions = {
+        "name": "What do you call this profile",
+        "age": "Age",
+        "gender": f"Gender ({', '.join(GENDERS)}, or your own words)",
+        "religion": f"Religion ({', '.join(RELIGIONS)}, or your own words)",
+        "physical_condition": f"Physical condition ({', '.join(PHYSICAL_CONDITIONS)}, or your own words)",
+        "mental_condition": f"Mental condition ({', '.join(MENTAL_CONDITIONS)}, or your own words)",
+    }
+    return {field: typer.prompt(question, default="", show_default=False) for field, question in questions.items()}
+
+
+def _overrides(categories: list[str] | None, override: str) -> dict[str, str]:
+    return dict.fromkeys(categories or [], override)
+
+
+def _store(user_directory: Path | None) -> ProfileStore:
+    if user_directory is None:
+        # Not resolved: a pack that is linked into custom_nodes belongs to the ComfyUI that links it.
+        pack = Path(os.path.abspath(__file__)).parents[1]  # noqa: PTH100
+        if pack.parent.name != "custom_nodes":
+            raise ProfileError(
+                "It is not clear where your ComfyUI lies. Name its user folder: "
+                f"--user-directory PATH/TO/ComfyUI/user, or the environment variable {USER_DIRECTORY}."
+            )
+        user_directory = pack.parents[1] / "user"
+    return ProfileStore(profiles_folder(user_directory))
