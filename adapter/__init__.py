@@ -8,6 +8,7 @@ from .constant import PSAAdapter, SiteVectors, UserCrossAttention, UserProjectio
 from .errors import AdapterError
 from .families import FAMILIES, Family, family_name
 from .files import SUFFIXES, load_adapter, save_adapter
+from .release import TEMPLATE_NAME
 from .sites import WORKS_WITH, BlockKey, Site, find_sites
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "NULL_MODES",
     "PAPER_CATEGORIES",
     "SUFFIXES",
+    "TEMPLATE_NAME",
     "WORKS_WITH",
     "AdapterConfig",
     "AdapterError",

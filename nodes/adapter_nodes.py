@@ -6,10 +6,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..adapter import NullMode, PSAAdapter, load_adapter
+from ..adapter import TEMPLATE_NAME, NullMode, PSAAdapter, load_adapter
 from ..profiles import SafetyEmbedding
 from .apply import apply_psa
-from .folders import ADAPTERS, file_names, file_path
+from .folders import ADAPTERS, file_fingerprint, file_names, file_path
 from .schema import Adapter, Embedding, advanced_combo, node_schema
 
 AS_TRAINED = "as trained"
@@ -54,6 +54,12 @@ class PSALoadAdapter(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, adapter_name: str) -> str:
+        """Change when the file, or a template beside it, is replaced."""
+        path = file_path(ADAPTERS, adapter_name)
+        return file_fingerprint(path, path.with_name(TEMPLATE_NAME))
+
+    @classmethod
     def execute(cls, adapter_name: str) -> io.NodeOutput:
         """Load the adapter."""
         return io.NodeOutput(load_adapter(file_path(ADAPTERS, adapter_name)))
@@ -91,7 +97,8 @@ class PSAApply(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the sampling run PSA begins to act: 0 is the first step.",
+                    tooltip="Where in the noise schedule PSA begins to act: 0 is pure noise. With denoise below 1 a run "
+                    "starts later than 0.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -99,7 +106,7 @@ class PSAApply(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the sampling run PSA stops to act: 1 is after the last step.",
+                    tooltip="Where in the noise schedule PSA stops to act: 1 is after the last step.",
                 ),
                 advanced_combo(
                     "unconditional",

@@ -7,7 +7,7 @@ from pathlib import Path
 import folder_paths
 
 from ..adapter import SUFFIXES as ADAPTER_SUFFIXES
-from ..profiles import ProfileStore, profiles_folder
+from ..profiles import ProfileStore, private_fingerprint, profiles_folder
 from ..profiles.embedding import SUFFIXES as EMBEDDING_SUFFIXES
 
 ADAPTERS = "psa_adapters"
@@ -39,6 +39,12 @@ def file_path(folder: str, name: str) -> Path:
     """Return the path of a file that an artist chose; a missing file gives the path where it should be."""
     found = folder_paths.get_full_path(folder, name)
     return Path(found) if found else Path(folder_paths.get_folder_paths(folder)[0]) / Path(name).name
+
+
+def file_fingerprint(*paths: Path) -> str:
+    """Return a short text that changes when one of these files is replaced, and tells nothing of them."""
+    stats = [path.stat() for path in paths if path.is_file()]
+    return private_fingerprint(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]))
 
 
 def language_model_folders() -> list[Path]:

@@ -15,7 +15,7 @@ from ..profiles import (
     private_fingerprint,
 )
 from .encode import encode_profile
-from .folders import EMBEDDINGS, file_names, file_path, profile_store
+from .folders import EMBEDDINGS, file_fingerprint, file_names, file_path, profile_store
 from .schema import Adapter, Embedding, UserProfile, node_schema
 
 
@@ -36,7 +36,8 @@ class PSASafetyLevel(io.ComfyNode):
                     "level",
                     options=[level.label for level in levels()],
                     default=levels()[3].label,
-                    tooltip="How strict generation is. A shared workflow contains this choice.",
+                    tooltip="Whose boundaries to follow: one of the six people of the paper. A shared workflow contains "
+                    "this choice.",
                 )
             ],
             outputs=[UserProfile.Output("profile", display_name="profile", tooltip="For Encode Safety Profile.")],
@@ -94,7 +95,7 @@ class PSAUserProfile(io.ComfyNode):
     def fingerprint_inputs(cls, profile_id: str) -> str:
         """Change when the profile does. ComfyUI saves this into images: it tells nothing of the profile."""
         try:
-            return private_fingerprint(profile_store().resolve(profile_id).profile)
+            return private_fingerprint(profile_store().resolve(profile_id).profile.model_dump_json())
         except ProfileError:
             return "unreadable"
 
@@ -166,6 +167,11 @@ class PSALoadEmbedding(io.ComfyNode):
             f'There is no embedding "{embedding_name}" on this machine. Put the file at {path} and refresh (R), or '
             "choose another embedding."
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, embedding_name: str) -> str:
+        """Change when the file is replaced."""
+        return file_fingerprint(file_path(EMBEDDINGS, embedding_name))
 
     @classmethod
     def execute(cls, embedding_name: str) -> io.NodeOutput:

@@ -32,7 +32,7 @@ class Level:
 
 @cache
 def levels() -> tuple[Level, ...]:
-    """Return all levels, from the most permissive to the strictest."""
+    """Return all levels in the paper's order; the bans of one need not include those of the level before."""
     paths = sorted(_PRESETS.glob("L*.json"))
     return tuple(
         Level(path.stem, parse_profile(json.loads(path.read_text(encoding="utf-8")), path.name)) for path in paths

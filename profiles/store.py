@@ -230,10 +230,10 @@ def _reason(error: Exception) -> str:
     return error.strerror or type(error).__name__ if isinstance(error, OSError) else "it is not UTF-8 text"
 
 
-def private_fingerprint(profile: Profile) -> str:
-    """Return a short text that changes when the profile changes, and tells nothing else.
+def private_fingerprint(content: str) -> str:
+    """Return a short text that changes when ``content`` changes, and tells nothing else.
 
     ComfyUI writes fingerprints of nodes into the metadata of saved images. The space of profiles is small
     enough to try them all against a plain hash, so this one is keyed with a secret of this process.
     """
-    return hmac.new(_FINGERPRINT_KEY, profile.model_dump_json().encode(), hashlib.sha256).hexdigest()[:16]
+    return hmac.new(_FINGERPRINT_KEY, content.encode(), hashlib.sha256).hexdigest()[:16]

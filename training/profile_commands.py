@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..atomic import replacing
 from ..profiles import (
+    CATEGORIES,
     Profile,
     ProfileError,
     ProfileStore,
@@ -73,7 +74,7 @@ def new(
         "notes": notes,
     }
     if level is None and not ban and not allow and all(value is None for value in given.values()):
-        given = _ask()
+        given, ban, allow = _ask()
     fields |= {field: value for field, value in given.items() if value not in (None, "")}
     fields["overrides"] = fields.get("overrides", {}) | _overrides(ban, "ban") | _overrides(allow, "allow")
     if isinstance(fields.get("age"), str) and fields["age"].strip().isdecimal():
@@ -155,17 +156,25 @@ def _write_csv(file: Any, rows: Sequence[dict[str, str]]) -> None:
     writer.writerows(rows)
 
 
-def _ask() -> dict[str, str | None]:
+def _ask() -> tuple[dict[str, str | None], list[str], list[str]]:
     console.print("Every answer may stay empty: then nothing follows from it.")
+    own_words = "or your own words"
     questions = {
         "name": "What do you call this profile",
         "age": "Age",
-        "gender": f"Gender ({', '.join(GENDERS)}, or your own words)",
-        "religion": f"Religion ({', '.join(RELIGIONS)}, or your own words)",
-        "physical_condition": f"Physical condition ({', '.join(PHYSICAL_CONDITIONS)}, or your own words)",
-        "mental_condition": f"Mental condition ({', '.join(MENTAL_CONDITIONS)}, or your own words)",
+        "gender": f"Gender ({', '.join(GENDERS)}, {own_words})",
+        "religion": f"Religion ({', '.join(RELIGIONS)}, {own_words})",
+        "physical_condition": f"Physical condition ({', '.join(PHYSICAL_CONDITIONS)}, {own_words})",
+        "mental_condition": f"Mental condition ({', '.join(MENTAL_CONDITIONS)}, {own_words})",
     }
-    return {field: typer.prompt(question, default="", show_default=False) for field, question in questions.items()}
+    answers: dict[str, str | None] = {field: _answer(question) for field, question in questions.items()}
+    console.print(f"The categories are {', '.join(CATEGORIES)}.")
+    ban, allow = (_answer(f"{word} in any case (separated by commas)").split(",") for word in ("Ban", "Allow"))
+    return answers, [word.strip() for word in ban if word.strip()], [word.strip() for word in allow if word.strip()]
+
+
+def _answer(question: str) -> str:
+    return str(typer.prompt(question, default="", show_default=False))
 
 
 def _overrides(categories: list[str] | None, override: str) -> dict[str, str]:

@@ -121,13 +121,10 @@ def write_release_adapter(
     projection: dict[str, Shape] = dict(_layer("proj", cross_attention_dim, embedding_dim)) | dict(
         _layer("norm", cross_attention_dim)
     )
-    torch.save(
-        {
-            "psa_adapter": random_weights(iter(layers.items()), generator),
-            "user_proj": random_weights(iter(projection.items()), generator, torch.bfloat16),
-        },
-        path,
-    )
+    user_proj = random_weights(iter(projection.items()), generator, torch.bfloat16)
+    # A trained bias is not zero: it makes the null user, LayerNorm(b).
+    user_proj["proj.bias"] = torch.randn(cross_attention_dim, generator=generator).to(torch.bfloat16)
+    torch.save({"psa_adapter": random_weights(iter(layers.items()), generator), "user_proj": user_proj}, path)
 
 
 def _layer(name: str, *shape: int) -> Shapes:

