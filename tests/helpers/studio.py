@@ -1,0 +1,62 @@
+"""A real ComfyUI server with this pack, a random SD1.5-shaped checkpoint, SmolLM2 and a private profile."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from prompts import CHECKPOINT, MARKERS
+
+from comfyui_psa.profiles import Profile, ProfileStore, StoredProfile, default_template, profiles_folder
+from comfyui_psa.training.comfyui import PACK, ComfyUIServer, prepare_base
+from comfyui_psa.training.synthetic import SMALL_SD15, attention_widths, write_checkpoint, write_release_adapter
+
+COMFYUI = PACK / ".runtime" / "comfyui"
+SMOLLM2_DIM = 576
+
+
+@dataclass(frozen=True)
+class Studio:
+    """A running server and what lies in its folders."""
+
+    server: ComfyUIServer
+    store: ProfileStore
+    profile: StoredProfile
+
+    @property
+    def output(self) -> Path:
+        return self.server.base / "output"
+
+
+@contextmanager
+def open_studio(folder: Path, language_model: Path) -> Iterator[Studio]:
+    """Fill ``folder`` and start the server on it."""
+    base = prepare_base(folder)
+    models = base / "models"
+    write_checkpoint(models / "checkpoints" / CHECKPOINT)
+    (models / "LLM" / language_model.name).symlink_to(language_model)
+
+    widths = attention_widths(SMALL_SD15)
+    release = base / "psa_adapter.bin"
+    write_release_adapter(release, widths, SMALL_SD15.context_dim, SMOLLM2_DIM)
+    (base / "get_embeds.txt").write_text(default_template(), encoding="utf-8")
+    for encoder in ("HuggingFaceTB/SmolLM2-135M-Instruct", "someone/Absent-7B"):
+        target = models / "psa_adapters" / f"{encoder.split('/')[1]}.safetensors"
+        command = (sys.executable, "-m", "comfyui_psa.training", "convert", release, target, "--encoder", encoder)
+        subprocess.run(command, check=True, capture_output=True)
+
+    # The release as it is, with one of its own embeddings: no language model needed.
+    write_release_adapter(models / "psa_adapters" / "psa_adapter.bin", widths, SMALL_SD15.context_dim, 3584)
+    embedding = np.random.default_rng(0).normal(size=3584).astype(np.float32)
+    np.save(models / "psa_embeddings" / "0000001.npy", embedding)
+
+    store = ProfileStore(profiles_folder(base / "user"))
+    stored = store.create(Profile(age=87, overrides={"Propaganda": "ban"}, **MARKERS))
+    store.activate(stored.id)
+    with ComfyUIServer(COMFYUI, base) as server:
+        yield Studio(server, store, stored)

@@ -1,0 +1,184 @@
+"""The whole graph in a real ComfyUI server, over its API: pictures, privacy, and failing closed."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import requests
+from prompts import MARKERS, base_prompt, psa_prompt
+from studio import Studio
+
+from comfyui_psa.profiles import StoredProfile, levels
+from comfyui_psa.training.comfyui import PACK, ComfyUIError, Image, Prompt
+
+PRIVATE_WORDS = (*MARKERS.values(), "elderly")
+
+
+def pixels(image: Image) -> np.ndarray:
+    return np.asarray(PIL.Image.open(io.BytesIO(image.content)))
+
+
+def run(studio: Studio, prompt: Prompt) -> Image:
+    (image,) = studio.server.run(prompt)
+    return image
+
+
+def assert_private(text: str) -> None:
+    found = [word for word in PRIVATE_WORDS if word in text]
+    assert not found
+
+
+def test_the_graph_follows_the_active_profile(studio: Studio) -> None:
+    base = pixels(run(studio, base_prompt()))
+    ours = pixels(run(studio, psa_prompt()))
+    assert ours.shape == base.shape == (64, 64, 3)
+    assert np.abs(ours.astype(int) - base.astype(int)).mean() > 1
+    assert np.array_equal(pixels(run(studio, psa_prompt(strength=0.0))), base)
+    assert np.array_equal(pixels(run(studio, base_prompt())), base)
+
+
+def test_levels_give_different_pictures(studio: Studio) -> None:
+    pictures = []
+    for level in (levels()[0], levels()[5]):
+        prompt = psa_prompt()
+        prompt["6"] = {"class_type": "PSASafetyLevel", "inputs": {"level": level.label}}
+        pictures.append(pixels(run(studio, prompt)))
+    assert not np.array_equal(*pictures)
+
+
+def test_a_released_adapter_with_a_released_embedding_needs_no_language_model(studio: Studio) -> None:
+    prompt = psa_prompt("psa_adapter.bin")
+    prompt["7"] = {"class_type": "PSALoadEmbedding", "inputs": {"embedding_name": "0000001.npy"}}
+    del prompt["6"]
+    assert not np.array_equal(pixels(run(studio, prompt)), pixels(run(studio, base_prompt())))
+
+
+def test_nothing_of_the_profile_leaves_the_store(studio: Studio) -> None:
+    prompt = psa_prompt()
+    image = run(studio, prompt)
+    saved = PIL.Image.open(io.BytesIO(image.content))
+    assert json.loads(saved.info["prompt"])["6"]["inputs"] == {"profile_id": "active"}
+    assert_private(json.dumps(saved.info))
+    assert_private(image.content.decode("latin-1"))
+    assert_private(json.dumps(studio.server.get("/history")))
+    assert_private(json.dumps(studio.server.get("/object_info")))
+    assert_private(studio.server.read_log())
+
+    outside = [path for path in studio.server.base.rglob("*") if path.is_file() and "__psa" not in path.parts]
+    small = [path for path in outside if path.stat().st_size < 10_000_000 and not path.is_relative_to(PACK)]
+    assert any(path.suffix == ".png" for path in small)
+    for path in small:
+        assert_private(path.name)
+        assert_private(path.read_bytes().decode("latin-1"))
+
+
+def test_the_saved_fingerprint_is_not_a_plain_hash_of_the_profile(studio: Studio) -> None:
+    import hashlib
+
+    saved = PIL.Image.open(io.BytesIO(run(studio, psa_prompt()).content))
+    (fingerprint,) = json.loads(saved.info["prompt"])["6"]["is_changed"]
+    profile = studio.store.resolve("active").profile
+    content = [profile.model_dump_json(), json.dumps(profile.model_dump())]
+    assert len(fingerprint) == 16
+    assert all(fingerprint not in hashlib.sha256(text.encode()).hexdigest() for text in content)
+
+
+def test_comfyui_serves_nothing_from_the_private_folder(studio: Studio) -> None:
+    name = f"{studio.profile.id}.json"
+    for path in (
+        f"/userdata/..%2F__psa%2Fprofiles%2F{name}",
+        "/userdata?dir=../__psa/profiles&recurse=true",
+        f"/view?type=output&filename={name}&subfolder=../user/__psa/profiles",
+        f"/extensions/ComfyUI-PSA/../../user/__psa/profiles/{name}",
+    ):
+        response = requests.get(f"{studio.server.url}{path}", timeout=30)
+        assert name not in response.text
+        assert_private(response.text)
+
+
+@pytest.mark.parametrize("profile_id", ["0123456789abcdef", "../../secrets", "", "Active"])
+def test_an_unknown_profile_gives_an_error_and_no_image(studio: Studio, profile_id: str) -> None:
+    before = sorted(studio.output.iterdir())
+    prompt = psa_prompt()
+    prompt["6"]["inputs"]["profile_id"] = profile_id
+    with pytest.raises(ComfyUIError, match=r"There is no safety profile"):
+        studio.server.run(prompt)
+    assert sorted(studio.output.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "message"),
+    [
+        ("6", {"class_type": "PSASafetyLevel", "inputs": {"level": "L9 - unheard of"}}, "There is no safety level"),
+        ("5", {"class_type": "PSALoadAdapter", "inputs": {"adapter_name": "gone.safetensors"}}, "There is no adapter"),
+        ("7", {"class_type": "PSALoadEmbedding", "inputs": {"embedding_name": "gone.npy"}}, "There is no embedding"),
+    ],
+)
+def test_a_missing_file_or_level_stops_the_prompt(
+    studio: Studio, node: str, inputs: dict[str, Any], message: str
+) -> None:
+    before = sorted(studio.output.iterdir())
+    with pytest.raises(ComfyUIError, match=message):
+        studio.server.run(psa_prompt() | {node: inputs})
+    assert sorted(studio.output.iterdir()) == before
+
+
+def test_an_error_report_tells_nothing_of_the_profile(studio: Studio) -> None:
+    before = sorted(studio.output.iterdir())
+    with pytest.raises(ComfyUIError, match="hf download someone/Absent-7B") as error:
+        studio.server.run(psa_prompt("Absent-7B.safetensors"))
+    assert error.value.details["current_inputs"]["profile"] == ["Profile(private)"]
+    assert_private(json.dumps(error.value.details))
+    assert_private(studio.server.read_log())
+    assert sorted(studio.output.iterdir()) == before
+
+
+def test_editing_a_profile_runs_again_only_what_depends_on_it(studio: Studio) -> None:
+    prompt = psa_prompt()
+    run(studio, prompt)
+    assert executed(studio, prompt) == set()
+
+    stored: StoredProfile = studio.store.read(studio.profile.id)
+    edited = studio.store.save(stored, stored.profile.model_copy(update={"age": 30}))
+    assert executed(studio, prompt) == {"6", "7", "8", "9", "10", "11"}
+    assert executed(studio, prompt) == set()
+
+    studio.store.save(dataclasses.replace(edited), stored.profile)
+    assert executed(studio, prompt) == {"6", "7", "8", "9", "10", "11"}
+
+
+def executed(studio: Studio, prompt: Prompt) -> set[str]:
+    """The nodes that ComfyUI did not take from its cache."""
+    studio.server.run(prompt)
+    newest = max(studio.server.get("/history").values(), key=lambda entry: entry["prompt"][0])
+    (cached,) = [data["nodes"] for kind, data in newest["status"]["messages"] if kind == "execution_cached"]
+    return set(prompt) - set(cached)
+
+
+def test_every_node_explains_itself(studio: Studio) -> None:
+    info = studio.server.get("/object_info")
+    names = {
+        "PSALoadAdapter": "Load PSA Adapter",
+        "PSASafetyLevel": "Safety Level",
+        "PSAUserProfile": "User Safety Profile",
+        "PSAEncodeProfile": "Encode Safety Profile",
+        "PSALoadEmbedding": "Load Safety Embedding",
+        "PSAApply": "Apply PSA",
+    }
+    assert {node: info[node]["display_name"] for node in names} == names
+    for node in names:
+        assert info[node]["category"] == "PSA"
+        assert info[node]["description"]
+        assert all(info[node]["output_tooltips"])
+        for group in ("required", "optional"):
+            for _, options in info[node]["input"].get(group, {}).values():
+                assert options["tooltip"]
+        page = requests.get(f"{studio.server.url}/extensions/ComfyUI-PSA/docs/{node}.md", timeout=30)
+        assert page.ok
+        assert page.text.startswith(f"# {names[node]}")

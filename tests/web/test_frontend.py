@@ -1,0 +1,119 @@
+"""The pack in ComfyUI's real frontend, in a real Chromium, with the classic canvas and with Nodes 2.0."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+from playwright.sync_api import Page, sync_playwright
+from prompts import CHECKPOINT
+from studio import Studio
+
+from comfyui_psa.training.comfyui import to_prompt
+from comfyui_psa.training.demo import WORKFLOW
+
+OPTIONS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-sync",
+    "--disable-component-update",
+    "--no-first-run",
+)
+NODES = ("PSALoadAdapter", "PSASafetyLevel", "PSAUserProfile", "PSAEncodeProfile", "PSALoadEmbedding", "PSAApply")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["canvas", "nodes2"])
+def page(request: pytest.FixtureRequest, studio: Studio) -> Iterator[Page]:
+    settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": request.param}
+    requests.post(f"{studio.server.url}/settings", json=settings, timeout=30).raise_for_status()
+    system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=system, args=list(OPTIONS))
+        page = browser.new_page(viewport={"width": 1600, "height": 900})
+        page.goto(studio.server.url)
+        page.wait_for_function(
+            "() => !!(window.app?.extensionManager && window.LiteGraph?.registered_node_types?.PSAApply)",
+            timeout=120_000,
+        )
+        yield page
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def workflow() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    return content
+
+
+def queue(page: Page) -> dict[str, Any]:
+    """Queue the graph as the button does, and wait for success or an error."""
+    result: dict[str, Any] = page.evaluate(
+        """() => new Promise((resolve) => {
+            app.api.addEventListener('execution_success', (event) => resolve({ok: event.detail}), {once: true});
+            app.api.addEventListener('execution_error', (event) => resolve({error: event.detail}), {once: true});
+            app.queuePrompt(0, 1);
+        })"""
+    )
+    return result
+
+
+def test_all_nodes_can_be_made(page: Page) -> None:
+    made = page.evaluate("(names) => names.map((name) => LiteGraph.createNode(name)?.title)", list(NODES))
+    assert made == [
+        "Load PSA Adapter",
+        "Safety Level",
+        "User Safety Profile",
+        "Encode Safety Profile",
+        "Load Safety Embedding",
+        "Apply PSA",
+    ]
+
+
+def test_the_example_opens_and_gives_the_prompt_that_the_demo_queues(
+    page: Page, studio: Studio, workflow: dict[str, Any]
+) -> None:
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+    exported = page.evaluate("async () => (await app.graphToPrompt()).output")
+    ours = to_prompt(workflow, studio.server.get("/object_info"))
+    theirs = {
+        node_id: {"class_type": node["class_type"], "inputs": node["inputs"]} for node_id, node in exported.items()
+    }
+    assert theirs == ours
+
+
+def test_the_example_runs(page: Page, studio: Studio, workflow: dict[str, Any]) -> None:
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+    page.evaluate(
+        """([checkpoint, adapter]) => {
+            const widget = (type, name) => app.graph.nodes.find((node) => node.type === type)
+                .widgets.find((widget) => widget.name === name);
+            widget('CheckpointLoaderSimple', 'ckpt_name').value = checkpoint;
+            widget('PSALoadAdapter', 'adapter_name').value = adapter;
+            widget('EmptyLatentImage', 'width').value = 64;
+            widget('EmptyLatentImage', 'height').value = 64;
+            widget('KSampler', 'steps').value = 2;
+        }""",
+        [CHECKPOINT, "SmolLM2-135M-Instruct.safetensors"],
+    )
+    result = queue(page)
+    assert "ok" in result, result
+    outputs = studio.server.get("/history")[result["ok"]["prompt_id"]]["outputs"]
+    (saved,) = [image["filename"] for output in outputs.values() for image in output["images"]]
+    assert (studio.output / saved).is_file()
+
+
+def test_a_shared_workflow_holds_the_reference_alone(page: Page, studio: Studio) -> None:
+    saved = page.evaluate(
+        """() => {
+            app.graph.clear();
+            app.graph.add(LiteGraph.createNode('PSAUserProfile'));
+            return app.graph.serialize();
+        }"""
+    )
+    (node,) = saved["nodes"]
+    assert node["widgets_values"] == ["active"]
