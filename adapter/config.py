@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-from .families import describe, family_name
+from .families import FAMILIES, describe, family_name
 
 FORMAT_VERSION = 1
 NullMode = Literal["zero_embedding", "none"]
@@ -35,6 +35,7 @@ class EncoderSpec(BaseModel):
 class AdapterConfig(BaseModel):
     """The configuration of an adapter. ``hidden_sizes`` has one entry per site, in diffusers' order.
 
+    ``base`` names the base family; left out, it follows from the dimensions ("other" if none has them).
     ``null`` says what the unconditional half of classifier-free guidance was trained with: the projection
     of a zero embedding (the paper) or nothing. ``training`` is free-form: how the adapter was made.
     """
@@ -62,10 +63,20 @@ class AdapterConfig(BaseModel):
             )
         return value
 
-    def model_post_init(self, _context: Any) -> None:
-        """Fill in the family's name, which follows from the dimensions."""
-        if not self.base:
-            object.__setattr__(self, "base", family_name(self.hidden_sizes, self.cross_attention_dim))
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_base(cls, values: Any) -> Any:
+        """The family's name follows from the dimensions."""
+        if isinstance(values, dict) and not values.get("base") and values.get("hidden_sizes"):
+            return values | {"base": family_name(values["hidden_sizes"], values.get("cross_attention_dim", 0))}
+        return values
+
+    @model_validator(mode="after")
+    def _check_base(self) -> AdapterConfig:
+        expected = family_name(self.hidden_sizes, self.cross_attention_dim)
+        if self.base != expected and self.base in {family.name for family in FAMILIES}:
+            raise ValueError(f'it says its base is "{self.base}", but its layers are those of "{expected}"')
+        return self
 
     @property
     def num_sites(self) -> int:

@@ -111,9 +111,10 @@ class PSAAdapter(nn.Module):
         found = [site.hidden_size for site in sites]
         widths = sorted({site.cross_attention_dim for site in sites})
         if found != list(self.config.hidden_sizes) or widths != [self.config.cross_attention_dim]:
+            model = describe(found, widths[0]) if len(widths) == 1 else f"a UNet with the text widths {widths}"
             raise AdapterError(
                 f"This adapter was trained for {self.config.describe_base()}, but the connected model is "
-                f"{describe(found, widths[0])}. Load a checkpoint of the adapter's family, or an adapter made for "
+                f"{model}. Load a checkpoint of the adapter's family, or an adapter made for "
                 "this model."
             )
 

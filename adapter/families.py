@@ -24,7 +24,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("sd1", "SD1.x", _SD_HIDDEN, 768),
     Family("sd2", "SD2.x", _SD_HIDDEN, 1024),
     Family("sdxl", "SDXL", (640,) * 4 + (1280,) * 50 + (640,) * 6 + (1280,) * 10, 2048),
-    Family("ssd-1b", "SSD-1B", (640,) * 4 + (1280,) * 18 + (640,) * 4, 2048),
+    Family("ssd-1b", "SSD-1B", (640,) * 4 + (1280,) * 26 + (640,) * 4, 2048),
     Family("segmind-vega", "Segmind-Vega", (640,) * 2 + (1280,) * 10 + (640,) * 3, 2048),
 )
 

@@ -37,10 +37,10 @@ def load_adapter(path: Path) -> PSAAdapter:
     """
     if not path.is_file():
         raise AdapterError(f"There is no adapter file {path}. Put the adapter there, or choose another one.")
-    if path.suffix in PICKLE_SUFFIXES:
+    if path.suffix.lower() in PICKLE_SUFFIXES:
         config, tensors = translate_release(flatten_release(read_pickle(path), path), path)
         return _build(config, tensors, path)
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise AdapterError(f"{path.name} is not an adapter file: expected one of {', '.join(SUFFIXES)}.")
     tensors, metadata = _read_safetensors(path)
     if metadata.get("format") == FORMAT:
@@ -55,7 +55,7 @@ def save_adapter(adapter: PSAAdapter, path: Path) -> None:
 
     Each tensor is stored as bfloat16 if that loses nothing (the release's projection), else as float32.
     """
-    tensors = {name: _compact(tensor.detach().cpu()) for name, tensor in adapter.state_dict().items()}
+    tensors = {name: _compact(tensor.detach().cpu().float()) for name, tensor in adapter.state_dict().items()}
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -88,7 +88,8 @@ def _read_config(metadata: Mapping[str, str], path: Path) -> AdapterConfig:
 
 
 def _build(config: AdapterConfig, tensors: Mapping[str, Tensor], path: Path) -> PSAAdapter:
-    adapter = PSAAdapter(config)
+    with torch.device("meta"):  # the description may be wrong: nothing is allocated from it
+        adapter = PSAAdapter(config)
     expected = adapter.state_dict()
     missing = sorted(expected.keys() - tensors.keys())
     extra = sorted(tensors.keys() - expected.keys())
@@ -97,20 +98,27 @@ def _build(config: AdapterConfig, tensors: Mapping[str, Tensor], path: Path) -> 
             f"{path.name} does not hold the layers that it describes ({config.describe_base()}): "
             f"{_some(missing)} missing, {_some(extra)} too many. Get the adapter again."
         )
+    loaded = {}
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise AdapterError(
                 f"In {path.name} the layer {name} has shape {list(tensor.shape)}, expected "
                 f"{list(expected[name].shape)}. Get the adapter again."
             )
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            raise AdapterError(
+                f"In {path.name} the layer {name} is of the kind {tensor.dtype}, {tensor.layout}; expected plain "
+                "floating-point numbers. Get the adapter again."
+            )
+        loaded[name] = tensor.float()
+        if not bool(torch.isfinite(loaded[name]).all()):
             raise AdapterError(
                 f"In {path.name} the layer {name} holds values that are not numbers (NaN or infinity). "
                 "The training that made it went wrong, or the file is damaged: get the adapter again."
             )
-    if not bool((tensors["embedding_std"] > 0).all()):
+    if not bool((loaded["embedding_std"] > 0).all()):
         raise AdapterError(f"In {path.name} the embedding deviation is not positive. Train or convert it again.")
-    adapter.load_state_dict(dict(tensors))
+    adapter.load_state_dict(loaded, assign=True)
     return adapter.requires_grad_(False).eval()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,21 @@ from .errors import AdapterError
 
 TEMPLATE_NAME = "get_embeds.txt"
 
-_LAYER = re.compile(r"psa_adapter\.(\d+)\.to_([kv])_user\.(\d+)\.weight")
+_LAYER = re.compile(r"psa_adapter\.(0|[1-9]\d{0,3})\.to_([kv])_user\.(\d+)\.weight")
+# What torch's unpickler raises on files that are cut off or something else altogether.
+_DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 _PROJECTION = {f"user_proj.{part}.{kind}" for part in ("proj", "norm") for kind in ("weight", "bias")}
 
 
@@ -40,7 +55,7 @@ def read_pickle(path: Path) -> object:
                 "no need of it. Get the adapter from a source that you trust, best as .safetensors."
             ) from None
         raise _damaged(path) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError):
+    except _DAMAGE:
         raise _damaged(path) from None
 
 
@@ -79,10 +94,10 @@ def translate_release(tensors: Mapping[str, Any], path: Path) -> tuple[AdapterCo
         )
 
     token_dim, embedding_dim = _matrix(tensors["user_proj.proj.weight"], "user_proj.proj.weight", path)
-    if token_dim != tensors["user_proj.norm.weight"].numel():
+    norm_dim = tensors["user_proj.norm.weight"].numel()
+    if norm_dim and token_dim > norm_dim and token_dim % norm_dim == 0:
         raise _several_tokens(path)
     hidden_sizes = tuple(_matrix(values[i], f"psa_adapter.{i}.to_v_user.0.weight", path)[0] for i in sorted(values))
-    template = path.with_name(TEMPLATE_NAME)
     config = AdapterConfig(
         hidden_sizes=hidden_sizes,
         cross_attention_dim=token_dim,
@@ -90,7 +105,7 @@ def translate_release(tensors: Mapping[str, Any], path: Path) -> tuple[AdapterCo
         encoder=EncoderSpec(
             kind="llm",
             name=PAPER_LANGUAGE_MODEL,
-            template=template.read_text(encoding="utf-8") if template.is_file() else None,
+            template=_template_beside(path),
         ),
         training={"source": "published release"},
     )
@@ -100,8 +115,21 @@ def translate_release(tensors: Mapping[str, Any], path: Path) -> tuple[AdapterCo
     return config, translated
 
 
+def _template_beside(path: Path) -> str | None:
+    template = path.with_name(TEMPLATE_NAME)
+    try:
+        return template.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdapterError(
+            f"The prompt template {template} beside {path.name} cannot be read as UTF-8 text ({error}). "
+            "Save it as UTF-8, or take it away."
+        ) from None
+
+
 def _matrix(tensor: Tensor, name: str, path: Path) -> tuple[int, int]:
-    if tensor.ndim != 2:
+    if tensor.ndim != 2 or 0 in tensor.shape:
         raise AdapterError(
             f"In {path.name} the layer {name} has shape {list(tensor.shape)}, expected a matrix. Get the adapter again."
         )

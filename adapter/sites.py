@@ -19,7 +19,7 @@ WORKS_WITH = "SD1.x, SD2.x, SDXL, SSD-1B, Segmind-Vega and other UNets with cros
 _COMFYUI_PATH = re.compile(
     r"(?P<stage>input|output|middle)_blocks?(?:\.(?P<block>\d+))?\.\d+\.transformer_blocks\.(?P<depth>\d+)\.attn2"
 )
-_TEMPORAL = re.compile(r"\.time_stack\.|\.temporal_transformer_blocks\.")
+_TEMPORAL = re.compile(r"\.(time_stack|temporal_transformer_blocks|temp_attentions)\.")
 _STAGES = ("input", "output", "middle")  # diffusers' order: down, up, then mid
 
 

@@ -73,7 +73,11 @@ def put(group: str, name: str, tensor: object) -> Callable[[Content], None]:
 
 
 def without(group: str, *names: str) -> Callable[[Content], None]:
-    return lambda content: [content[group].pop(name) for name in names] and None
+    def change(content: Content) -> None:
+        for name in names:
+            del content[group][name]
+
+    return change
 
 
 # -- No readable file ---------------------------------------------------------------------------------------------

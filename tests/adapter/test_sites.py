@@ -262,6 +262,13 @@ def test_family_is_known_by_the_dimensions(build: Any, name: str) -> None:
     assert family_name([site.hidden_size for site in sites], sites[0].cross_attention_dim) == FAMILY_NAMES[name]
 
 
+def test_hidden_size_is_the_width_in_front_of_to_out() -> None:
+    """Heads of 12 channels do not fill a block of 32 or 64."""
+    unet = UNetModel(**COMFYUI_CONFIGS["tiny"] | {"num_head_channels": 12}, **META)
+    widths = {32: 24, 64: 60}
+    assert [site.hidden_size for site in find_sites(unet)] == [widths[size] for _, size in expand(TABLES["tiny"])]
+
+
 def test_family_needs_the_width_the_layers_and_their_order() -> None:
     sizes = [hidden for _, hidden in expand(TABLES["sd1"])]
     assert family_name(sizes, 768) == "sd1"

