@@ -62,7 +62,7 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 benchmark: venv
-	$(BIN)/python benchmarks/sampling.py
+	PYTHONPATH=$(COMFYUI) $(BIN)/python benchmarks/sampling.py
 
 clean:
 	rm -rf $(VENV) .runtime build *.egg-info

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any
 
 from comfy_api.latest import io
@@ -23,7 +22,7 @@ def node_schema(search_aliases: list[str], **fields: Any) -> io.Schema:
 
 
 def advanced_combo(*args: Any, **kwargs: Any) -> io.Combo.Input:
-    """Return a choice that is folded away as advanced, where this ComfyUI can do so."""
-    if "advanced" in inspect.signature(io.Combo.Input).parameters:
-        kwargs["advanced"] = True
-    return io.Combo.Input(*args, **kwargs)
+    """Return a choice that the frontend folds away as advanced."""
+    combo = io.Combo.Input(*args, **kwargs)
+    combo.extra_dict = {**combo.extra_dict, "advanced": True}
+    return combo

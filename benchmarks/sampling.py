@@ -1,0 +1,247 @@
+"""What PSA costs while sampling: operations, step time, time to the first step, memory.
+
+Run it with ``make benchmark``. It samples in a real ComfyUI model (in this process) with random weights of
+SD1.5's full size, measures with and without PSA in turns, and prints a Markdown table for docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.cli_args
+import torch
+import torch.nn.functional as F
+
+if not torch.cuda.is_available():
+    comfy.cli_args.args.cpu = True
+
+import comfy.model_management
+import comfy.samplers
+import comfy.sd
+import folder_paths
+from comfy.model_patcher import ModelPatcher
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from comfyui_psa.adapter import EncoderSpec, PSAAdapter, load_adapter
+from comfyui_psa.nodes.adapter_nodes import PSAApply
+from comfyui_psa.nodes.folders import profile_store, register_folders
+from comfyui_psa.nodes.profile_nodes import PSAEncodeProfile, PSAUserProfile
+from comfyui_psa.profiles import Profile, default_template
+from comfyui_psa.training.demo import LANGUAGE_MODEL, language_model_file
+from comfyui_psa.training.synthetic import (
+    SD15,
+    attention_widths,
+    random_weights,
+    unet_shapes,
+    write_release_adapter,
+)
+
+PAIRS = 8
+LATENT_SIZE = 32
+EMBEDDING_DIM = 576
+
+console = Console()
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts what is computed: every operation that is no view."""
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count and run one operation."""
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def sample(model: ModelPatcher, steps: int = 1, on_step: Callable[[], None] = lambda: None) -> list[float]:
+    """Sample ``steps`` steps at CFG 7.5; return the seconds of each."""
+    device = comfy.model_management.get_torch_device()
+    generator = torch.Generator().manual_seed(0)
+    prompt = [[torch.randn(1, 77, SD15.context_dim, generator=generator), {}]]
+    seconds: list[float] = []
+
+    def loop(wrapped: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, **_: Any) -> Tensor:
+        for sigma in sigmas[:-1]:
+            start = time.perf_counter()
+            wrapped(x, sigma * x.new_ones(1), **(extra_args or {}))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+            on_step()
+        return x
+
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(prompt, prompt)
+    guider.set_cfg(7.5)
+    latent = torch.randn(1, 4, LATENT_SIZE, LATENT_SIZE, generator=generator)
+    sigmas = torch.linspace(14.0, 1.0, steps + 1)
+    with torch.no_grad():
+        guider.sample(
+            latent, torch.zeros_like(latent), comfy.samplers.KSAMPLER(loop), sigmas, disable_pbar=True, seed=0
+        )
+    return seconds
+
+
+def added_operations(base: ModelPatcher, patched: ModelPatcher, sites: int) -> float:
+    """Operations that one more step costs with PSA and without, per cross-attention layer."""
+
+    def count(model: ModelPatcher, steps: int) -> int:
+        with OperationCounter() as counter:
+            sample(model, steps)
+        return counter.count
+
+    with_psa, without = (count(model, 2) - count(model, 1) for model in (patched, base))
+    return (with_psa - without) / sites
+
+
+def published_operations(width: int = 320, heads: int = 8, tokens: int = 77) -> int:
+    """Operations that the published processor adds to one layer: keys and values of the user, attention, sum."""
+    names = ("to_q", "to_k", "to_v", "to_out", "to_k_user", "to_v_user")
+    layer = nn.ModuleDict({name: nn.Linear(width, width, bias=name == "to_out") for name in names})
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(1, -1, width)
+
+    def count(user: bool) -> int:
+        x, text, token = (torch.randn(1, n, width) for n in (64, tokens, 1))
+        with OperationCounter() as counter, torch.no_grad():
+            query = layer["to_q"](x)
+            out = attend(query, layer["to_k"](text), layer["to_v"](text))
+            if user:
+                out = out + 1.0 * attend(query, layer["to_k_user"](token), layer["to_v_user"](token))
+            layer["to_out"](out)
+        return counter.count
+
+    return count(True) - count(False)
+
+
+def step_ratio(first: ModelPatcher, second: ModelPatcher) -> tuple[float, float, float]:
+    """Median ratio of step times of two models in turns, and its quartiles."""
+    sample(first)
+    sample(second)
+    ratios = []
+    for i in track(range(PAIRS), "Step time", console=Console(stderr=True)):
+        order = (first, second) if i % 2 else (second, first)
+        seconds = {id(model): sample(model)[0] for model in order}
+        ratios.append(seconds[id(second)] / seconds[id(first)])
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return median, low, high
+
+
+def time_to_first_step(base: ModelPatcher, adapter: PSAAdapter) -> float:
+    """Milliseconds from choosing another profile (embedding cached) to the UNet's first call, best of ten."""
+    store = profile_store()
+    ids = [store.create(Profile(age=age)).id for age in (20, 70)]
+
+    def patched(profile_id: str) -> ModelPatcher:
+        (profile,) = PSAUserProfile.execute(profile_id).args
+        (embedding,) = PSAEncodeProfile.execute(adapter, profile).args
+        (model,) = PSAApply.execute(base, adapter, embedding, 1.0, 0.0, 1.0).args
+        return model
+
+    for profile_id in ids:
+        patched(profile_id)
+    return min(_seconds_to_first_call(patched, ids[i % 2]) for i in range(10)) * 1000
+
+
+def _seconds_to_first_call(patched: Callable[[str], ModelPatcher], profile_id: str) -> float:
+    first_call: list[float] = []
+
+    def stop(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        first_call.append(time.perf_counter())
+        return torch.zeros_like(x)
+
+    start = time.perf_counter()
+    model = patched(profile_id)
+    unet = model.model.diffusion_model
+    unet.forward = stop
+    sample(model)
+    del unet.forward
+    return first_call[0] - start
+
+
+def held_memory(base: ModelPatcher, patched: ModelPatcher) -> int:
+    """Bytes in tensors that live during a step with PSA and not without."""
+
+    def living(model: ModelPatcher) -> int:
+        sizes: list[int] = []
+
+        def measure() -> None:
+            gc.collect()
+            storages = {
+                thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()
+                for thing in gc.get_objects()
+                if isinstance(thing, Tensor)
+            }
+            sizes.append(sum(storages.values()))
+
+        sample(model, on_step=measure)
+        return sizes[0]
+
+    without = living(base)
+    return living(patched) - without
+
+
+def main() -> None:
+    """Measure everything and print the table."""
+    with tempfile.TemporaryDirectory(prefix="psa-benchmark-") as folder:
+        root = Path(folder)
+        folder_paths.models_dir = str(root / "models")
+        folder_paths.user_directory = str(root / "user")
+        register_folders()
+        (root / "models" / "LLM").mkdir(parents=True)
+        source = language_model_file()
+        (root / "models" / "LLM" / source.name).symlink_to(source)
+
+        weights = random_weights(unet_shapes(SD15), torch.Generator().manual_seed(0))
+        base = comfy.sd.load_diffusion_model_state_dict(weights)
+        write_release_adapter(root / "psa.bin", attention_widths(SD15), SD15.context_dim, EMBEDDING_DIM)
+        adapter = load_adapter(root / "psa.bin")
+        spec = EncoderSpec(kind="llm", name=LANGUAGE_MODEL, template=default_template())
+        adapter.config = adapter.config.model_copy(update={"encoder": spec})
+
+        first_step = time_to_first_step(base, adapter)
+        (profile,) = PSAUserProfile.execute(profile_store().entries()[0].id).args
+        (embedding,) = PSAEncodeProfile.execute(adapter, profile).args
+        (patched,) = PSAApply.execute(base, adapter, embedding, 1.0, 0.0, 1.0).args
+        operations = added_operations(base, patched, adapter.config.num_sites)
+        memory = held_memory(base, patched)
+        noise = step_ratio(base, base.clone())
+        ratio = step_ratio(base, patched)
+
+    rows = {
+        "operations added per cross-attention layer and step": f"{operations:g} (published processor: "
+        f"{published_operations()})",
+        "step time with PSA / without": f"{ratio[0]:.3f} (quartiles {ratio[1]:.3f} to {ratio[2]:.3f})",
+        "the same for two runs without PSA (noise)": f"{noise[0]:.3f} (quartiles {noise[1]:.3f} to {noise[2]:.3f})",
+        "another profile chosen, to the UNet's first call": f"{first_step:.1f} ms",
+        "memory held while sampling": f"{memory / 1e6:.2f} MB",
+    }
+    device = comfy.model_management.get_torch_device_name(comfy.model_management.get_torch_device())
+    system = f"{device}, {torch.get_num_threads()} threads, {platform.machine()}"
+    console.print(
+        f"SD1.5, {LATENT_SIZE * 8} px, CFG, {system}, torch {torch.__version__}, Python {sys.version.split()[0]}"
+    )
+    console.print("\n| measured | result |\n| --- | --- |", markup=False)
+    for name, value in rows.items():
+        console.print(f"| {name} | {value} |", soft_wrap=True, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    main()
