@@ -123,6 +123,7 @@ class Run:
         self._current: tuple[Tensor, ...] = ()
         self.idle = False
 
+    @torch.no_grad()
     def prepare(self, model: Any, x: Tensor, sigma: Tensor, options: Options) -> None:
         """Get ready for a call of ``model`` (ComfyUI's BaseModel) on ``x``, ``[batch, ...]``."""
         self.idle = not self._in_range(model, sigma)
@@ -171,7 +172,7 @@ class Run:
         columns = []
         for site, rows in zip(patch.sites, patch.rows, strict=True):
             to_out = unet.get_submodule(site.path).to_out
-            columns.append(_through(to_out, rows.to(device), dtype) * patch.strength)  # type: ignore[arg-type]
+            columns.append(_through(to_out, rows, dtype, device) * patch.strength)  # type: ignore[arg-type]
         return torch.cat(columns, dim=1).to(dtype)
 
     def _rows_for(self, chunks: Sequence[int], batch: int) -> tuple[Tensor, ...]:
@@ -196,10 +197,13 @@ class Run:
         return [row for chunk in chunks for row in (of_user if chunk == CONDITIONAL else [users] * images)]
 
 
-def _through(to_out: nn.Module, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``to_out(rows) - to_out(0)`` in float32, ``[rows, hidden]``, computed by the layer in ``dtype``."""
+def _through(to_out: nn.Module, rows: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return ``to_out(rows) - to_out(0)`` in float32, ``[rows, hidden]``, computed by the layer in ``dtype``.
+
+    ``rows`` are in main memory, so that their size is known without waiting for the device.
+    """
     peak = float(rows.abs().max())
     scale = 2.0 ** math.floor(math.log2(_PROJECTION_PEAK / peak)) if peak > 0 else 1.0
-    scaled = torch.cat([rows * scale, torch.zeros_like(rows[:1])]).to(dtype)
+    scaled = torch.cat([rows * scale, torch.zeros_like(rows[:1])]).to(device, dtype)
     out = to_out(scaled[:, None])[:, 0].float()
     return (out[:-1] - out[-1:]) / scale

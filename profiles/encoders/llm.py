@@ -203,6 +203,8 @@ class LanguageModelEncoder:
     def _readable(self) -> Iterator[None]:
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise  # ComfyUI has its own answer to that
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             what = self._files.gguf_file or f"The folder {self._files.folder}"
             raise EncoderError(

@@ -167,6 +167,8 @@ def test_only_what_is_missing_is_computed_and_the_order_stays(encoder: CountingE
     vectors = cached.encode([SENIOR, ADULT, CHILD])
     assert encoder.seen == [[ADULT], [SENIOR, CHILD]]
     assert torch.equal(vectors, AttributesEncoder().encode([SENIOR, ADULT, CHILD]))
+    assert torch.equal(cached.encode([CHILD, SENIOR]), AttributesEncoder().encode([CHILD, SENIOR]))
+    assert len(encoder.seen) == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"not an embedding", None], ids=["empty", "nonsense", "cut off"])

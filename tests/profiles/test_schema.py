@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pprint
 import traceback
+from importlib import resources
 from typing import Any
 
 import pytest
@@ -73,9 +75,12 @@ def test_a_document_is_accepted_or_refused(document: Any, valid: bool) -> None:
             parse_profile(document, "it")
 
 
+SHIPPED = json.loads((resources.files("comfyui_psa.profiles") / "profile.schema.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("schema", [Profile.model_json_schema(), SHIPPED], ids=["made", "shipped"])
 @pytest.mark.parametrize(("document", "valid"), DOCUMENTS)
-def test_the_json_schema_agrees_with_the_profile(document: Any, valid: bool) -> None:
-    schema = Profile.model_json_schema()
+def test_the_json_schema_agrees_with_the_profile(schema: dict[str, Any], document: Any, valid: bool) -> None:
     Draft202012Validator.check_schema(schema)
     assert Draft202012Validator(schema).is_valid(document) == valid
 

@@ -10,8 +10,8 @@ import pytest
 
 from comfyui_psa.profiles import Profile, simulate_users, user_row
 
-COUNT = 20_000
-TOLERANCE = 5  # standard errors
+COUNT = 30_000
+TOLERANCE = 4  # standard errors
 
 AGE_GROUPS = {
     "infants & toddlers": (0, 3, 0.05),

@@ -171,7 +171,9 @@ def test_another_format_version_is_refused_and_kept(store: ProfileStore, version
 
 
 @pytest.mark.parametrize("use", [ProfileStore.read, ProfileStore.resolve, ProfileStore.delete, ProfileStore.activate])
-@pytest.mark.parametrize("reference", ["0123456789abcdef", "../outside", "", ".", "x/../{id}", "{id}\n", "{path}"])
+@pytest.mark.parametrize(
+    "reference", ["0123456789abcdef", "../outside", "", ".", "x/../{id}", "{id}.json/../../outside", "{path}"]
+)
 def test_an_unknown_id_is_refused_and_touches_nothing(
     store: ProfileStore, use: Callable[[ProfileStore, str], object], reference: str
 ) -> None:
