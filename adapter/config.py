@@ -18,6 +18,10 @@ PAPER_EMBEDDING_DIM = 3584
 PAPER_LANGUAGE_MODEL = "Qwen/Qwen2.5-7B-Instruct"
 
 
+# "Qwen2.5-7B-Instruct" or "Qwen/Qwen2.5-7B-Instruct"; nothing that leads out of the models' folder.
+_MODEL_NAME = r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$"
+
+
 class EncoderSpec(BaseModel):
     """Which encoder made the user embeddings that an adapter was trained on.
 
@@ -28,7 +32,7 @@ class EncoderSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["llm", "attributes"]
-    name: str = Field(min_length=1)
+    name: str = Field(pattern=_MODEL_NAME)
     template: str | None = None
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from ..atomic import replacing
+from ..safe_files import DAMAGE, replacing
 from .config import FORMAT_VERSION, AdapterConfig
 from .constant import PSAAdapter
 from .errors import AdapterError
@@ -54,6 +54,9 @@ def save_adapter(adapter: PSAAdapter, path: Path) -> None:
     """Write an adapter in our format. A failure leaves an existing file as it was.
 
     Each tensor is stored as bfloat16 if that loses nothing (the release's projection), else as float32.
+
+    Raises:
+        AdapterError: the file cannot be written.
     """
     tensors = {name: _compact(tensor.detach().cpu().float()) for name, tensor in adapter.state_dict().items()}
     metadata = {
@@ -61,8 +64,15 @@ def save_adapter(adapter: PSAAdapter, path: Path) -> None:
         "format_version": str(FORMAT_VERSION),
         "config": adapter.config.model_dump_json(),
     }
-    with replacing(path) as aside:
-        save_file(tensors, aside, metadata)
+    content = save(tensors, metadata)
+    try:
+        with replacing(path) as aside:
+            aside.write_bytes(content)
+    except OSError as error:
+        raise AdapterError(
+            f"{path} cannot be written ({error.strerror}); what was there is as it was. Make room, make the folder "
+            "writable, or choose another file."
+        ) from None
 
 
 def _compact(tensor: Tensor) -> Tensor:
@@ -130,7 +140,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except DAMAGE as error:
         raise AdapterError(
             f"{path.name} could not be read as safetensors ({error}). It is damaged, not fully downloaded, or "
             "another kind of file: get it again."

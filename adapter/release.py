@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pickle
 import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..safe_files import DAMAGE
 from .config import PAPER_LANGUAGE_MODEL, AdapterConfig, EncoderSpec
 from .errors import AdapterError
 
 TEMPLATE_NAME = "get_embeds.txt"
 
 _LAYER = re.compile(r"psa_adapter\.(0|[1-9]\d{0,3})\.to_([kv])_user\.(\d+)\.weight")
-# What torch's unpickler raises on files that are cut off or something else altogether.
-_DAMAGE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
 _PROJECTION = {f"user_proj.{part}.{kind}" for part in ("proj", "norm") for kind in ("weight", "bias")}
 
 
@@ -55,7 +41,7 @@ def read_pickle(path: Path) -> object:
                 "no need of it. Get the adapter from a source that you trust, best as .safetensors."
             ) from None
         raise _damaged(path) from None
-    except _DAMAGE:
+    except DAMAGE:
         raise _damaged(path) from None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from comfy_api.latest import io
 
 from ..adapter import PSAAdapter
@@ -95,7 +97,8 @@ class PSAUserProfile(io.ComfyNode):
     def fingerprint_inputs(cls, profile_id: str) -> str:
         """Change when the profile does. ComfyUI saves this into images: it tells nothing of the profile."""
         try:
-            return private_fingerprint(profile_store().resolve(profile_id).profile.model_dump_json())
+            profile = profile_store().resolve(profile_id).profile
+            return private_fingerprint(json.dumps(profile.model_dump(), sort_keys=True))
         except ProfileError:
             return "unreadable"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from ..atomic import PRIVATE, replacing
+from ..safe_files import DAMAGE, PRIVATE, replacing
 from .errors import EncoderError
 
 FORMAT = "psa_embedding"
@@ -74,18 +74,20 @@ def load_embedding(path: Path) -> SafetyEmbedding:
 def save_embedding(embedding: SafetyEmbedding, path: Path) -> None:
     """Write an embedding as ``.safetensors``, readable by its owner only."""
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "encoder": embedding.encoder or ""}
+    content = save({"embedding": embedding.vectors.contiguous()}, metadata)
     with replacing(path, PRIVATE) as aside:
-        save_file({"embedding": embedding.vectors.contiguous()}, aside, metadata)
+        aside.write_bytes(content)
 
 
 def _load_npy(path: Path) -> Tensor:
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError):
+    except DAMAGE:
         raise _no_embedding(path) from None
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         raise _no_embedding(path)
-    return torch.from_numpy(array.astype(np.float32))
+    with np.errstate(over="ignore"):  # what becomes infinite is refused with a message of its own
+        return torch.from_numpy(array.astype(np.float32))
 
 
 def _load_safetensors(path: Path) -> tuple[Tensor, str | None]:
@@ -95,7 +97,9 @@ def _load_safetensors(path: Path) -> tuple[Tensor, str | None]:
             if metadata.get("format") != FORMAT or metadata.get("format_version") != FORMAT_VERSION:
                 raise _no_embedding(path)
             return file.get_tensor("embedding"), metadata.get("encoder") or None
-    except (SafetensorError, OSError):
+    except EncoderError:
+        raise
+    except DAMAGE:
         raise _no_embedding(path) from None
 
 

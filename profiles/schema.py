@@ -90,6 +90,10 @@ class Profile(BaseModel):
 
     __str__ = __repr__
 
+    def __repr_args__(self) -> list[tuple[str | None, Any]]:
+        """Say nothing to rich and pydantic either."""
+        return []
+
 
 def parse_profile(data: Any, source: str) -> Profile:
     """Validate a profile read from ``source`` (a name for messages).
@@ -105,10 +109,11 @@ def parse_profile(data: Any, source: str) -> Profile:
 
 
 def _problem(loc: tuple[int | str, ...], kind: str) -> str:
-    field = str(loc[0]) if loc else "profile"
+    field = str(loc[0]) if loc else ""
     if kind == "extra_forbidden" or field not in Profile.model_fields:
         return f"it may only have the fields {', '.join(Profile.model_fields)}" if loc else "it should be an object"
     expected = {
+        "name": "text of at most 200 characters",
         "age": f"a whole number from 0 to {MAX_AGE}, or null",
         "overrides": f"ban, allow or rule for some of {', '.join(CATEGORIES)}",
         "notes": "text of at most 5,000 characters",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..atomic import PRIVATE, replacing
+from ..safe_files import PRIVATE, replacing
 from .errors import ProfileError, StoreError
 from .schema import Profile, parse_profile
 
@@ -94,7 +94,7 @@ class ProfileStore:
             ) from None
         try:
             content = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ProfileError(
@@ -146,9 +146,10 @@ class ProfileStore:
                 aside.write_text(profile_id, encoding="utf-8")
 
     def active_id(self) -> str | None:
-        """Return the id of the active profile, or None."""
+        """Return the id of the active profile, or None if there is none or the note of it is damaged."""
         try:
-            return (self.root / ACTIVE).read_text(encoding="utf-8").strip()
+            active = (self.root / ACTIVE).read_text(encoding="utf-8", errors="replace").strip()
+            return active if _ID.fullmatch(active) else None
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -222,7 +223,7 @@ class ProfileStore:
         except OSError as error:
             raise StoreError(
                 f"The profile folder {self.root} cannot be written ({_reason(error)}); nothing was changed. Make it "
-                "writable for the account that runs ComfyUI."
+                "writable for the account that runs ComfyUI, or make room on the disk."
             ) from None
 
 

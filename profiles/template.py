@@ -16,7 +16,7 @@ from .schema import CATEGORIES, Profile
 DEFAULT_TEMPLATE = Path(__file__).parent / "templates" / "default.txt"
 UNSAID = "not specified"
 
-_PLACEHOLDER = re.compile(r"<<([A-Z_]+)>>")
+_PLACEHOLDER = re.compile(r"<<([^<>]+)>>")
 
 
 def default_template() -> str:

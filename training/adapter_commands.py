@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
-from ..adapter import AdapterError, load_adapter, save_adapter
+from ..adapter import AdapterError, EncoderSpec, load_adapter, save_adapter
+from ..profiles import Profile, fill_template
 
 
 def convert(
@@ -26,15 +28,18 @@ def convert(
         raise AdapterError(f"{target.name} should end in .safetensors: that is the format that is written.")
     if not target.parent.is_dir():
         raise AdapterError(f"The folder {target.parent} does not exist. Make it, or choose another one.")
-    if template is not None and not template.is_file():
-        raise AdapterError(f"There is no template {template}.")
     adapter = load_adapter(source)
     changes: dict[str, Any] = {}
     if encoder is not None:
         changes["name"] = encoder
     if template is not None:
-        changes["template"] = template.read_text(encoding="utf-8")
-    spec = adapter.config.encoder.model_copy(update=changes)
+        changes["template"] = _read_template(template)
+    try:
+        spec = EncoderSpec.model_validate(adapter.config.encoder.model_dump() | changes)
+    except ValidationError:
+        raise AdapterError(
+            f'"{encoder}" is not the name of a language model: expected NAME or OWNER/NAME, as on the hub.'
+        ) from None
     adapter.config = adapter.config.model_copy(update={"encoder": spec})
     save_adapter(adapter, target)
     config = adapter.config
@@ -51,3 +56,12 @@ def convert(
             "convert it again with --template.",
             style="yellow",
         )
+
+
+def _read_template(path: Path) -> str:
+    try:
+        template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdapterError(f"The template {path} cannot be read as UTF-8 text ({error}).") from None
+    fill_template(template, Profile())  # raises if it has no placeholders that can be filled
+    return template

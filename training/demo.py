@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..adapter import EncoderSpec, load_adapter, save_adapter
-from ..atomic import replacing
 from ..profiles import EncoderError, Level, default_template, levels, profiles_folder
 from ..profiles.encoders import CachedEncoder, LanguageModelEncoder, find_language_model
+from ..safe_files import replacing
 from .comfyui import PACK, ComfyUIServer, Prompt, prepare_base, to_prompt
 from .synthetic import SMALL_SD15, attention_widths, write_checkpoint, write_release_adapter
 

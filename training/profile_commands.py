@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from ..atomic import replacing
 from ..profiles import (
+    ACTIVE,
     CATEGORIES,
     Profile,
     ProfileError,
@@ -29,6 +30,7 @@ from ..profiles import (
 )
 from ..profiles.schema import GENDERS, MENTAL_CONDITIONS, PHYSICAL_CONDITIONS, RELIGIONS
 from ..profiles.simulate import COLUMNS
+from ..safe_files import replacing
 
 USER_DIRECTORY = "PSA_USER_DIRECTORY"
 
@@ -76,6 +78,8 @@ def new(
     if level is None and not ban and not allow and all(value is None for value in given.values()):
         given, ban, allow = _ask()
     fields |= {field: value for field, value in given.items() if value not in (None, "")}
+    if both := set(ban or []) & set(allow or []):
+        raise ProfileError(f"{', '.join(sorted(both))} cannot be banned and allowed at once.")
     fields["overrides"] = fields.get("overrides", {}) | _overrides(ban, "ban") | _overrides(allow, "allow")
     if isinstance(fields.get("age"), str) and fields["age"].strip().isdecimal():
         fields["age"] = int(fields["age"])
@@ -90,7 +94,7 @@ def list_profiles(user_directory: UserDirectory = None) -> None:
     """List your profiles: id, name, and which one is active."""
     table = Table("id", "name", "active")
     for entry in _store(user_directory).entries():
-        name = f"[red]unreadable[/]: {entry.problem}" if entry.problem else entry.name
+        name = Text(f"unreadable: {entry.problem}", "red") if entry.problem else Text(entry.name)
         table.add_row(entry.id, name, "active" if entry.active else "")
     console.print(table)
 
@@ -101,7 +105,8 @@ def show(profile_id: ProfileId, user_directory: UserDirectory = None) -> None:
     profile = _store(user_directory).resolve(profile_id).profile
     attributes = Table("attribute", "value")
     for field, value in profile.model_dump(exclude={"overrides"}).items():
-        attributes.add_row(field.replace("_", " "), "not said" if value in (None, "") else str(value))
+        # As Text: what people write is not markup.
+        attributes.add_row(field.replace("_", " "), Text("not said" if value in (None, "") else str(value)))
     bans = Table("category", "decision", "why")
     for category, decision in decide(profile).items():
         bans.add_row(category, "banned" if decision.banned else "allowed", ", ".join(decision.reasons))
@@ -116,6 +121,8 @@ def delete(
 ) -> None:
     """Delete a profile for good."""
     store = _store(user_directory)
+    if profile_id == ACTIVE:
+        profile_id = store.resolve(ACTIVE).id
     if not yes:
         typer.confirm(f"Delete profile {profile_id} for good?", abort=True)
     store.delete(profile_id)
@@ -191,4 +198,6 @@ def _store(user_directory: Path | None) -> ProfileStore:
                 f"--user-directory PATH/TO/ComfyUI/user, or the environment variable {USER_DIRECTORY}."
             )
         user_directory = pack.parents[1] / "user"
+    if not user_directory.absolute().parent.is_dir():
+        raise ProfileError(f"There is no ComfyUI around {user_directory}: its folder does not exist.")
     return ProfileStore(profiles_folder(user_directory))

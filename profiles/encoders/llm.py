@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +21,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from ...safe_files import DAMAGE
 from ..errors import EncoderError
 from ..schema import Profile
 from ..template import fill_template
@@ -27,6 +29,8 @@ from ..template import fill_template
 MaxMemory = dict[Any, int]
 
 _BATCH_SIZE = 8
+# What may follow a model's name in a GGUF file's: ".Q4_K_M.gguf", "-bf16.gguf", ".gguf".
+_QUANTISATION = r"([.-](i?q\d\w*|b?f\d+|fp\d+))?\.gguf"
 
 
 class ModelHost(Protocol):
@@ -100,8 +104,8 @@ def find_language_model(name: str, folders: Sequence[Path]) -> LanguageModelFile
                 return LanguageModelFiles(folder)
             if folder.is_dir() and (files := sorted(folder.glob("*.gguf"))):
                 return LanguageModelFiles(folder, files[0].name)
-        files = sorted(path for path in root.glob("*.gguf") if path.name.startswith((f"{short}.", f"{short}-")))
-        if files:
+        gguf = re.compile(re.escape(short) + _QUANTISATION, re.IGNORECASE)
+        if files := sorted(path for path in root.glob("*.[gG][gG][uU][fF]") if gguf.fullmatch(path.name)):
             return LanguageModelFiles(root, files[0].name)
     target = (folders[0] if folders else Path("models/LLM")) / short
     raise EncoderError(
@@ -141,12 +145,13 @@ class LanguageModelEncoder:
         """
         prompts = [fill_template(self._template, profile) for profile in profiles]
         tokenizer = self._load_tokenizer()
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-            for prompt in prompts
-        ]
+        with self._readable():
+            texts = [
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                )
+                for prompt in prompts
+            ]
         with self._model() as model, torch.inference_mode():
             rows = [
                 self._mean_hidden_state(model, tokenizer, texts[start : start + _BATCH_SIZE])
@@ -193,7 +198,14 @@ class LanguageModelEncoder:
             if max_memory is not None:
                 kwargs |= {"device_map": "auto", "max_memory": max_memory, "offload_folder": offload}
             with self._readable():
-                model = AutoModel.from_pretrained(**kwargs).eval()
+                model, info = AutoModel.from_pretrained(**kwargs, output_loading_info=True)
+            if missing := sorted(info["missing_keys"]):
+                # transformers fills them with random numbers.
+                raise EncoderError(
+                    f"The language model in {self._files.folder} is incomplete: {len(missing)} of its layers are "
+                    f"missing ({missing[0]}, ...). It is damaged: fetch it again."
+                )
+            model.eval()
             with self._host.hold(model) if max_memory is None else nullcontext():
                 yield model
             del model
@@ -201,11 +213,14 @@ class LanguageModelEncoder:
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
+        from jinja2 import TemplateError
+
+        damage: tuple[type[Exception], ...] = (*DAMAGE, TemplateError)
         try:
             yield
         except torch.OutOfMemoryError:
             raise  # ComfyUI has its own answer to that
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except damage as error:
             what = self._files.gguf_file or f"The folder {self._files.folder}"
             raise EncoderError(
                 f"{what} could not be read as a language model ({error}). It is damaged, not fully downloaded, or "

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from comfyui_psa.adapter import AdapterConfig, EncoderSpec, PSAAdapter, load_adapter, save_adapter
+from comfyui_psa.adapter import AdapterConfig, AdapterError, EncoderSpec, PSAAdapter, load_adapter, save_adapter
 from comfyui_psa.training.synthetic import write_release_adapter
 
 MakeAdapter = Callable[..., PSAAdapter]
@@ -328,6 +328,6 @@ def test_full_disk_leaves_the_file_and_no_litter(
 
 
 def test_save_into_a_folder_that_is_gone_makes_nothing(rich: PSAAdapter, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="gone"):
+    with pytest.raises(AdapterError, match="gone"):
         save_adapter(rich, tmp_path / "gone" / "adapter.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from comfyui_psa.atomic import replacing
 from comfyui_psa.profiles import Profile, ProfileError, ProfileStore, StoreError, private_fingerprint, profiles_folder
+from comfyui_psa.safe_files import replacing
 
 MARKER = "Zorblax"
 FULL = Profile(

@@ -1,14 +1,39 @@
-"""Files that are either written whole or not at all: written beside their place, then renamed over it."""
+"""Files: written whole or not at all, and what reading a damaged one can raise."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import struct
+import tokenize
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 PRIVATE = 0o600
+
+# What the readers of torch, numpy, safetensors and transformers raise on files that are cut off or something
+# else altogether.
+DAMAGE: tuple[type[Exception], ...] = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+)
 
 
 @contextmanager
