@@ -109,8 +109,8 @@ def added_operations(base: ModelPatcher, patched: ModelPatcher, sites: int) -> f
     return (with_psa - without) / sites
 
 
-def published_operations(width: int = 320, heads: int = 8, tokens: int = 77) -> int:
-    """Operations that the published processor adds to one layer: keys and values of the user, attention, sum."""
+def two_branch_operations(width: int = 320, heads: int = 8, tokens: int = 77) -> int:
+    """Operations that true attention to the user adds to one layer: keys, values, attention, strength, sum."""
     names = ("to_q", "to_k", "to_v", "to_out", "to_k_user", "to_v_user")
     layer = nn.ModuleDict({name: nn.Linear(width, width, bias=name == "to_out") for name in names})
 
@@ -226,8 +226,8 @@ def main() -> None:
         ratio = step_ratio(base, patched)
 
     rows = {
-        "operations added per cross-attention layer and step": f"{operations:g} (published processor: "
-        f"{published_operations()})",
+        "operations added per cross-attention layer and step": f"{operations:g} (attention to the user written "
+        f"out: {two_branch_operations()})",
         "step time with PSA / without": f"{ratio[0]:.3f} (quartiles {ratio[1]:.3f} to {ratio[2]:.3f})",
         "the same for two runs without PSA (noise)": f"{noise[0]:.3f} (quartiles {noise[1]:.3f} to {noise[2]:.3f})",
         "another profile chosen, to the UNet's first call": f"{first_step:.1f} ms",
