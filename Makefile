@@ -29,10 +29,10 @@ $(VENV)/.ready: pyproject.toml Makefile
 # A complete ComfyUI 0.3.75, without its list of model folders that do not exist here.
 runtime: $(VENV)/.ready
 ifdef COMFYUI_PATH
-	mkdir -p .runtime
-	test -f $(COMFYUI_PATH)/main.py
-	rm -rf $(COMFYUI)
-	ln -s $(abspath $(COMFYUI_PATH)) $(COMFYUI)
+	@source=$$(cd "$(COMFYUI_PATH)" && pwd -P) && test -f "$$source/main.py" \
+	  || { echo "COMFYUI_PATH=$(COMFYUI_PATH): there is no ComfyUI (main.py)"; exit 1; }; \
+	mkdir -p .runtime; \
+	if [ "$$source" != "$$(cd .runtime && pwd -P)/comfyui" ]; then rm -rf $(COMFYUI) && ln -s "$$source" $(COMFYUI); fi
 else
 	@if [ ! -f $(COMFYUI)/main.py ] || [ -L $(COMFYUI) ]; then set -e; \
 	  rm -rf $(COMFYUI) .runtime/wheel && mkdir -p .runtime/wheel; \

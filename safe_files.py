@@ -36,11 +36,18 @@ DAMAGE: tuple[type[Exception], ...] = (
 )
 
 
+def make_private(folder: Path) -> None:
+    """Make ``folder`` and the one around it, for their owner alone; raise OSError if that fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(exist_ok=True, mode=0o700)
+
+
 @contextmanager
 def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
     """Yield a new, empty file beside ``path``; rename it over ``path`` if the block succeeds.
 
-    If the block raises, ``path`` is as it was and nothing is left behind. ``mode`` are the permissions,
+    If the block raises, ``path`` is as it was and nothing is left behind; what the file system refuses is an
+    OSError. ``mode`` are the permissions,
     set before anything is written (``PRIVATE``: only the owner reads and writes).
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

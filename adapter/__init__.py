@@ -3,7 +3,7 @@
 Knows nothing of ComfyUI, diffusers or language models.
 """
 
-from .config import NULL_MODES, PAPER_CATEGORIES, AdapterConfig, EncoderSpec, NullMode
+from .config import PAPER_CATEGORIES, AdapterConfig, EncoderSpec, NullMode
 from .constant import PSAAdapter, SiteVectors, UserCrossAttention, UserProjection
 from .errors import AdapterError
 from .families import FAMILIES, Family, family_name
@@ -13,7 +13,6 @@ from .sites import WORKS_WITH, BlockKey, Site, find_sites
 
 __all__ = [
     "FAMILIES",
-    "NULL_MODES",
     "PAPER_CATEGORIES",
     "SUFFIXES",
     "TEMPLATE_NAME",

@@ -10,11 +10,9 @@ from .families import FAMILIES, describe, family_name
 
 FORMAT_VERSION = 1
 NullMode = Literal["zero_embedding", "none"]
-NULL_MODES: tuple[NullMode, ...] = ("zero_embedding", "none")
 
 # The seven categories of the paper, in the order in which its release lists them.
 PAPER_CATEGORIES = ("Hate", "Harassment", "Violence", "Self-Harm", "Sexuality", "Shocking", "Propaganda")
-PAPER_EMBEDDING_DIM = 3584
 PAPER_LANGUAGE_MODEL = "Qwen/Qwen2.5-7B-Instruct"
 
 

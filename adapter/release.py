@@ -40,9 +40,9 @@ def read_pickle(path: Path) -> object:
                 f"{path.name} holds Python code besides weights. It was not run and never will be: an adapter has "
                 "no need of it. Get the adapter from a source that you trust, best as .safetensors."
             ) from None
-        raise _damaged(path) from None
-    except DAMAGE:
-        raise _damaged(path) from None
+        raise _damaged(path, error) from None
+    except DAMAGE as error:
+        raise _damaged(path, error) from None
 
 
 def flatten_release(content: object, path: Path) -> dict[str, Tensor]:
@@ -126,10 +126,11 @@ def _first(names: list[str]) -> str:
     return f"{names[0]}{', ...' if len(names) > 1 else ''}" if names else "none"
 
 
-def _damaged(path: Path) -> AdapterError:
+def _damaged(path: Path, error: Exception) -> AdapterError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return AdapterError(
-        f"{path.name} could not be read as a torch file: it is damaged, not fully downloaded, or another kind of "
-        "file. Get it again."
+        f"{path.name} could not be read as a torch file ({reason}). It is damaged, not fully downloaded, or another "
+        "kind of file: get it again."
     )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..adapter import TEMPLATE_NAME, NullMode, PSAAdapter, load_adapter
+from ..adapter import TEMPLATE_NAME, AdapterError, NullMode, PSAAdapter, load_adapter
 from ..profiles import SafetyEmbedding
 from .apply import apply_psa
-from .folders import ADAPTERS, file_fingerprint, file_names, file_path
+from .folders import ADAPTERS, file_fingerprint, file_names, find_file, missing_file
 from .schema import Adapter, Embedding, advanced_combo, node_schema
 
 AS_TRAINED = "as trained"
@@ -45,24 +44,25 @@ class PSALoadAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, adapter_name: str) -> bool | str:
-        """Accept a file that exists; else say where it belongs."""
-        path = file_path(ADAPTERS, adapter_name)
-        return path.is_file() or (
-            f'There is no adapter "{adapter_name}" on this machine. Put the file at {path} and refresh (R), or '
-            "choose another adapter."
-        )
+    def validate_inputs(cls, adapter_name: str | None) -> bool | str:
+        """Accept a file that exists; else say where it belongs. A linked name is None here, and checked later."""
+        if adapter_name is None or find_file(ADAPTERS, adapter_name):
+            return True
+        return missing_file("adapter", ADAPTERS, adapter_name)
 
     @classmethod
-    def fingerprint_inputs(cls, adapter_name: str) -> str:
+    def fingerprint_inputs(cls, adapter_name: str | None) -> str:
         """Change when the file, or a template beside it, is replaced."""
-        path = file_path(ADAPTERS, adapter_name)
-        return file_fingerprint(path, path.with_name(TEMPLATE_NAME))
+        path = find_file(ADAPTERS, adapter_name) if adapter_name else None
+        return file_fingerprint(path, path and path.with_name(TEMPLATE_NAME))
 
     @classmethod
     def execute(cls, adapter_name: str) -> io.NodeOutput:
         """Load the adapter."""
-        return io.NodeOutput(load_adapter(file_path(ADAPTERS, adapter_name)))
+        path = find_file(ADAPTERS, adapter_name)
+        if path is None:
+            raise AdapterError(missing_file("adapter", ADAPTERS, adapter_name))
+        return io.NodeOutput(load_adapter(path))
 
 
 class PSAApply(io.ComfyNode):
@@ -123,7 +123,7 @@ class PSAApply(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
+        model: ModelPatcher,
         adapter: PSAAdapter,
         embedding: SafetyEmbedding,
         strength: float,

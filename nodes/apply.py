@@ -7,7 +7,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..adapter import AdapterError, EncoderSpec, NullMode, PSAAdapter, find_sites
 from ..profiles import EncoderError, SafetyEmbedding
-from ..profiles.encoders import AttributesEncoder, llm_identity
+from ..profiles.encoders import llm_identity
 from .patch import UserPatch
 
 
@@ -61,5 +61,5 @@ def check_encoder(adapter: PSAAdapter, embedding: SafetyEmbedding) -> None:
 def encoder_identity(spec: EncoderSpec) -> str | None:
     """Return the identity of the encoder that an adapter names; None if its template is not known."""
     if spec.kind == "attributes":
-        return AttributesEncoder.identity
+        return spec.name
     return None if spec.template is None else llm_identity(spec.name, spec.template)

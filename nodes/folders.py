@@ -7,7 +7,7 @@ from pathlib import Path
 import folder_paths
 
 from ..adapter import SUFFIXES as ADAPTER_SUFFIXES
-from ..profiles import ProfileStore, private_fingerprint, profiles_folder
+from ..profiles import ProfileStore, embeddings_folder, private_fingerprint, profiles_folder
 from ..profiles.embedding import SUFFIXES as EMBEDDING_SUFFIXES
 
 ADAPTERS = "psa_adapters"
@@ -35,15 +35,26 @@ def file_names(folder: str) -> list[str]:
     return list(folder_paths.get_filename_list(folder))
 
 
-def file_path(folder: str, name: str) -> Path:
-    """Return the path of a file that an artist chose; a missing file gives the path where it should be."""
+def find_file(folder: str, name: str) -> Path | None:
+    """Return the path of a file that an artist chose, or None if it is not there."""
     found = folder_paths.get_full_path(folder, name)
-    return Path(found) if found else Path(folder_paths.get_folder_paths(folder)[0]) / Path(name).name
+    return Path(found) if found else None
 
 
-def file_fingerprint(*paths: Path) -> str:
+def missing_file(what: str, folder: str, name: str) -> str:
+    """Return the message for a file that is not there: what it is, and where it belongs."""
+    root = Path(folder_paths.get_folder_paths(folder)[0])
+    # A name never leads out of its folder.
+    place = root / name if ".." not in Path(name).parts and not Path(name).is_absolute() else root / Path(name).name
+    return (
+        f'There is no {what} "{name}" on this machine. Put the file at {place} and refresh (R), or choose another '
+        f"{what}."
+    )
+
+
+def file_fingerprint(*paths: Path | None) -> str:
     """Return a short text that changes when one of these files is replaced, and tells nothing of them."""
-    stats = [path.stat() for path in paths if path.is_file()]
+    stats = [path.stat() for path in paths if path is not None and path.is_file()]
     return private_fingerprint(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]))
 
 
@@ -59,4 +70,4 @@ def profile_store() -> ProfileStore:
 
 def embedding_cache() -> Path:
     """Return the folder of cached embeddings, beside the profiles and as private."""
-    return profile_store().root.with_name("embeddings")
+    return embeddings_folder(Path(folder_paths.get_user_directory()))

@@ -34,6 +34,10 @@ class ComfyHost:
         in_ram = CPUHost().make_room(size) or {"cpu": size}
         return {self.device.index or 0: max(free, 0), **in_ram}
 
+    def release(self) -> None:
+        """Return cached device memory."""
+        mm.soft_empty_cache()
+
     @contextmanager
     def hold(self, model: nn.Module) -> Iterator[None]:
         """Register the model with ComfyUI while it is in use, and take it off the device afterwards."""
@@ -47,4 +51,3 @@ class ComfyHost:
         finally:
             patcher.detach()
             mm.current_loaded_models[:] = [loaded for loaded in mm.current_loaded_models if loaded.model is not patcher]
-            mm.soft_empty_cache()

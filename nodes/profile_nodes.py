@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..adapter import PSAAdapter
 from ..profiles import (
     ACTIVE,
+    EncoderError,
     Profile,
     ProfileError,
     find_level,
@@ -17,7 +18,7 @@ from ..profiles import (
     private_fingerprint,
 )
 from .encode import encode_profile
-from .folders import EMBEDDINGS, file_fingerprint, file_names, file_path, profile_store
+from .folders import EMBEDDINGS, file_fingerprint, file_names, find_file, missing_file, profile_store
 from .schema import Adapter, Embedding, UserProfile, node_schema
 
 
@@ -46,10 +47,11 @@ class PSASafetyLevel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, level: str) -> bool | str:
-        """Accept a level by its id, so that workflows outlive a change of the labels."""
+    def validate_inputs(cls, level: str | None) -> bool | str:
+        """Accept a level by its id, so that workflows outlive a change of the labels; a linked one is None here."""
         try:
-            find_level(level)
+            if level is not None:
+                find_level(level)
         except ProfileError as error:
             return str(error)
         return True
@@ -71,7 +73,8 @@ class PSAUserProfile(io.ComfyNode):
             node_id="PSAUserProfile",
             display_name="User Safety Profile",
             description="Your profile, or another one stored on this machine. The workflow holds only a "
-            "reference: whoever opens it gets their own boundaries. Make profiles with `psa profile new`.",
+            'reference; with "active" whoever opens it gets their own boundaries. Make profiles with '
+            "`psa profile new`.",
             inputs=[
                 io.Combo.Input(
                     "profile_id",
@@ -85,17 +88,23 @@ class PSAUserProfile(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, profile_id: str) -> bool | str:
-        """Accept a reference to a readable profile; anything else stops the prompt before it runs."""
+    def validate_inputs(cls, profile_id: str | None) -> bool | str:
+        """Accept a reference to a readable profile; anything else stops the prompt before it runs.
+
+        A linked reference is None here; it is resolved when the node runs.
+        """
         try:
-            profile_store().resolve(profile_id)
+            if profile_id is not None:
+                profile_store().resolve(profile_id)
         except ProfileError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, profile_id: str) -> str:
+    def fingerprint_inputs(cls, profile_id: str | None) -> str | float:
         """Change when the profile does. ComfyUI saves this into images: it tells nothing of the profile."""
+        if profile_id is None:
+            return float("nan")  # linked: unknown until it runs, so it always runs
         try:
             profile = profile_store().resolve(profile_id).profile
             return private_fingerprint(json.dumps(profile.model_dump(), sort_keys=True))
@@ -163,23 +172,24 @@ class PSALoadEmbedding(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, embedding_name: str) -> bool | str:
-        """Accept a file that exists; else say where it belongs."""
-        path = file_path(EMBEDDINGS, embedding_name)
-        return path.is_file() or (
-            f'There is no embedding "{embedding_name}" on this machine. Put the file at {path} and refresh (R), or '
-            "choose another embedding."
-        )
+    def validate_inputs(cls, embedding_name: str | None) -> bool | str:
+        """Accept a file that exists; else say where it belongs. A linked name is None here, and checked later."""
+        if embedding_name is None or find_file(EMBEDDINGS, embedding_name):
+            return True
+        return missing_file("embedding", EMBEDDINGS, embedding_name)
 
     @classmethod
-    def fingerprint_inputs(cls, embedding_name: str) -> str:
+    def fingerprint_inputs(cls, embedding_name: str | None) -> str:
         """Change when the file is replaced."""
-        return file_fingerprint(file_path(EMBEDDINGS, embedding_name))
+        return file_fingerprint(find_file(EMBEDDINGS, embedding_name) if embedding_name else None)
 
     @classmethod
     def execute(cls, embedding_name: str) -> io.NodeOutput:
         """Load the embedding."""
-        return io.NodeOutput(load_embedding(file_path(EMBEDDINGS, embedding_name)))
+        path = find_file(EMBEDDINGS, embedding_name)
+        if path is None:
+            raise EncoderError(missing_file("embedding", EMBEDDINGS, embedding_name))
+        return io.NodeOutput(load_embedding(path))
 
 
 NODES: list[type[io.ComfyNode]] = [PSASafetyLevel, PSAUserProfile, PSAEncodeProfile, PSALoadEmbedding]

@@ -9,7 +9,7 @@ from .levels import Level, find_level, levels
 from .policy import Decision, banned_categories, decide
 from .schema import CATEGORIES, Category, Profile, parse_profile
 from .simulate import simulate_users, user_row
-from .store import ACTIVE, ProfileStore, StoredProfile, private_fingerprint, profiles_folder
+from .store import ACTIVE, ProfileStore, StoredProfile, embeddings_folder, private_fingerprint, profiles_folder
 from .template import default_template, fill_template
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "banned_categories",
     "decide",
     "default_template",
+    "embeddings_folder",
     "fill_template",
     "find_level",
     "levels",

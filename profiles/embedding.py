@@ -23,7 +23,7 @@ FORMAT_VERSION = "1"
 SUFFIXES = (".npy", ".safetensors")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SafetyEmbedding:
     """Embeddings ``[users, dim]``, float32 and finite; ``encoder`` is the encoder's identity, if known.
 

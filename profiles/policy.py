@@ -73,6 +73,12 @@ def _decide(profile: Profile, category: Category) -> Decision:
     return Decision(bool(reasons), reasons)
 
 
+def category_lists(profile: Profile) -> tuple[list[Category], list[Category]]:
+    """Return banned and allowed categories as the release writes them: each in alphabetical order."""
+    banned = set(banned_categories(profile))
+    return sorted(banned), sorted(set(CATEGORIES) - banned)
+
+
 def banned_categories(profile: Profile) -> tuple[Category, ...]:
     """Return the banned categories, in the order of ``CATEGORIES``."""
     return tuple(category for category, decision in decide(profile).items() if decision.banned)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StringConstraints, ValidationError
 
@@ -11,15 +11,7 @@ from .errors import ProfileError
 Category = Literal["Hate", "Harassment", "Violence", "Self-Harm", "Sexuality", "Shocking", "Propaganda"]
 Override = Literal["ban", "allow", "rule"]
 
-CATEGORIES: tuple[Category, ...] = (
-    "Hate",
-    "Harassment",
-    "Violence",
-    "Self-Harm",
-    "Sexuality",
-    "Shocking",
-    "Propaganda",
-)
+CATEGORIES: tuple[Category, ...] = get_args(Category)
 GENDERS = ("male", "female")
 RELIGIONS = ("Christianity", "Islam", "Buddhism", "None")
 PHYSICAL_CONDITIONS = ("visual impairment", "hearing impairment", "intellectual disability", "healthy")

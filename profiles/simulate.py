@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .policy import banned_categories
+from .policy import category_lists
 from .schema import (
     AGE_GROUPS,
-    CATEGORIES,
     GENDERS,
     MENTAL_CONDITIONS,
     PHYSICAL_CONDITIONS,
@@ -34,18 +33,6 @@ _YOUNGEST = {
     "war": 18,
 }
 
-COLUMNS = (
-    "User_ID",
-    "Age",
-    "Age_Group",
-    "Gender",
-    "Religion",
-    "Physical_Condition",
-    "Mental_Condition",
-    "Banned_Categories",
-    "Allowed_Categories",
-)
-
 
 def simulate_users(count: int, seed: int) -> list[Profile]:
     """Draw ``count`` users; the same seed gives the same users, and more users begin with the same ones."""
@@ -60,19 +47,19 @@ def simulate_users(count: int, seed: int) -> list[Profile]:
 
 def user_row(number: int, user: Profile) -> dict[str, str]:
     """Return a user as a row of the release's ``users.csv``, with its seven-digit ``User_ID``."""
-    banned = set(banned_categories(user))
-    values = (
-        f"{number:07d}",
-        user.age,
-        user.age_group,
-        user.gender,
-        user.religion,
-        user.physical_condition,
-        user.mental_condition,
-        sorted(banned),
-        sorted(set(CATEGORIES) - banned),
-    )
-    return dict(zip(COLUMNS, map(str, values), strict=True))
+    banned, allowed = category_lists(user)
+    row = {
+        "User_ID": f"{number:07d}",
+        "Age": user.age,
+        "Age_Group": user.age_group,
+        "Gender": user.gender,
+        "Religion": user.religion,
+        "Physical_Condition": user.physical_condition,
+        "Mental_Condition": user.mental_condition,
+        "Banned_Categories": banned,
+        "Allowed_Categories": allowed,
+    }
+    return {column: str(value) for column, value in row.items()}
 
 
 def _draw(rng: np.random.Generator) -> Profile:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..safe_files import PRIVATE, replacing
+from ..safe_files import PRIVATE, make_private, replacing
 from .errors import ProfileError, StoreError
 from .schema import Profile, parse_profile
 
@@ -56,6 +56,11 @@ def profiles_folder(user_directory: Path) -> Path:
     return user_directory / PRIVATE_FOLDER / "profiles"
 
 
+def embeddings_folder(user_directory: Path) -> Path:
+    """Return where cached embeddings lie, beside the profiles and as private."""
+    return user_directory / PRIVATE_FOLDER / "embeddings"
+
+
 class ProfileStore:
     """The profiles of one person, in the folder ``root``. Reading never creates or changes anything."""
 
@@ -84,7 +89,7 @@ class ProfileStore:
         """
         path = self._path(profile_id)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             raise self._unknown(profile_id) from None
         except (OSError, UnicodeDecodeError) as error:
@@ -134,9 +139,9 @@ class ProfileStore:
             path = self._path(profile_id)
             if not path.is_file():
                 raise self._unknown(profile_id)
+            path.unlink()
             if self.active_id() == profile_id:
                 (self.root / ACTIVE).unlink()
-            path.unlink()
 
     def activate(self, profile_id: str) -> None:
         """Make a profile the one that ``"active"`` refers to."""
@@ -211,8 +216,7 @@ class ProfileStore:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
-            self.root.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self.root.mkdir(exist_ok=True, mode=0o700)
+            make_private(self.root)
             with FileLock(self.root / ".lock", timeout=self._lock_seconds, mode=PRIVATE):
                 yield
         except Timeout:

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 
 from .errors import EncoderError
-from .policy import banned_categories
-from .schema import CATEGORIES, Profile
+from .policy import category_lists
+from .schema import Profile
 
 DEFAULT_TEMPLATE = Path(__file__).parent / "templates" / "default.txt"
 UNSAID = "not specified"
@@ -30,7 +30,7 @@ def fill_template(template: str, profile: Profile) -> str:
     Raises:
         EncoderError: the template has an unknown placeholder, or none at all.
     """
-    banned = set(banned_categories(profile))
+    banned, allowed = category_lists(profile)
     values = {
         "AGE": profile.age,
         "AGE_GROUP": profile.age_group,
@@ -38,15 +38,15 @@ def fill_template(template: str, profile: Profile) -> str:
         "RELIGION": profile.religion,
         "PHYSICAL": profile.physical_condition,
         "MENTAL": profile.mental_condition,
-        "BANNED": sorted(banned),
-        "ALLOWED": sorted(set(CATEGORIES) - banned),
+        "BANNED": banned,
+        "ALLOWED": allowed,
     }
     names = set(_PLACEHOLDER.findall(template))
     if not names or names - values.keys():
         found = ", ".join(f"<<{name}>>" for name in sorted(names)) or "none"
         raise EncoderError(
-            f"The adapter's prompt template has the placeholders {found}; expected some of "
-            f"{', '.join(f'<<{name}>>' for name in values)}. Convert the adapter again with the right --template."
+            f"The prompt template has the placeholders {found}; expected some of "
+            f"{', '.join(f'<<{name}>>' for name in values)}. Convert the adapter with the right --template."
         )
     return _PLACEHOLDER.sub(lambda match: _text(values[match[1]]), template)
 

@@ -1,1 +1,1 @@
-"""Training, evaluation, the demo and the command line; the only room that imports diffusers and accelerate."""
+"""The command line, the demo, and the room for training and evaluation: the one that may import diffusers."""

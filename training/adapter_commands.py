@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from ..adapter import AdapterError, EncoderSpec, load_adapter, save_adapter
-from ..profiles import Profile, fill_template
+from ..profiles import EncoderError, Profile, fill_template
+from ..profiles.encoders import AttributesEncoder
 
 
 def convert(
@@ -20,7 +21,7 @@ def convert(
         Path | None, typer.Option(help="The prompt template; by default get_embeds.txt beside IN.")
     ] = None,
     encoder: Annotated[
-        str | None, typer.Option(help="The language model of the embeddings; by default the published one.")
+        str | None, typer.Option(help="The embeddings' language model (or attributes-1); by default the published one.")
     ] = None,
 ) -> None:
     """Turn a published adapter into a self-describing .safetensors of half the size."""
@@ -31,7 +32,9 @@ def convert(
     adapter = load_adapter(source)
     changes: dict[str, Any] = {}
     if encoder is not None:
-        changes["name"] = encoder
+        without_model = encoder == AttributesEncoder.identity
+        changes |= {"name": encoder, "kind": "attributes" if without_model else "llm"}
+        changes |= {"template": None} if without_model else {}
     if template is not None:
         changes["template"] = _read_template(template)
     try:
@@ -63,5 +66,8 @@ def _read_template(path: Path) -> str:
         template = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise AdapterError(f"The template {path} cannot be read as UTF-8 text ({error}).") from None
-    fill_template(template, Profile())  # raises if it has no placeholders that can be filled
+    try:
+        fill_template(template, Profile())
+    except EncoderError as error:
+        raise AdapterError(f"{path} is not a prompt template: {error}") from None
     return template

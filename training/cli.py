@@ -12,6 +12,7 @@ from rich.console import Console
 from ..adapter import AdapterError
 from ..profiles import EncoderError, ProfileError
 from .adapter_commands import convert
+from .errors import ComfyUIError
 from .profile_commands import profile_app, users
 
 app = typer.Typer(
@@ -31,8 +32,10 @@ def demo(
     output: Annotated[Path, typer.Option(help="The contact sheet to write.")] = Path("demo_output/levels.png"),
 ) -> None:
     """Run the example workflow in a real ComfyUI for the levels L0 to L5, and draw a contact sheet."""
-    from .demo import run_demo
-
+    try:
+        from .demo import run_demo
+    except ModuleNotFoundError as error:
+        raise ComfyUIError(f"The demo needs {error.name}: pip install -e '.[train]' in this pack's folder.") from None
     run_demo(comfyui, output)
 
 
@@ -40,6 +43,6 @@ def main() -> None:
     """Run the command; an error of ours is a sentence on stderr and exit code 1."""
     try:
         app()
-    except (AdapterError, ProfileError, EncoderError) as error:
+    except (AdapterError, ProfileError, EncoderError, ComfyUIError) as error:
         Console(stderr=True, soft_wrap=True).print(f"psa: {error}", style="red", markup=False, highlight=False)
         sys.exit(1)

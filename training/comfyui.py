@@ -19,26 +19,20 @@ from typing import Any
 import requests
 import websocket
 
+from .errors import ComfyUIError
+
 PACK = Path(__file__).parents[1]
 PACK_FOLDER = "ComfyUI-PSA"
 
 Prompt = dict[str, dict[str, Any]]
 Progress = Callable[[int, int], None]
 
+# The server is on this machine: no proxy that the environment names has a part in it.
+_http = requests.Session()
+_http.trust_env = False
+
 _START_SECONDS = 180
 _REQUEST_SECONDS = 60
-
-
-class ComfyUIError(RuntimeError):
-    """The server did not start, refused a workflow, or failed while running one.
-
-    ``details`` is what the server reported, as it came.
-    """
-
-    def __init__(self, message: str, details: Any = None) -> None:
-        """Keep the message and the server's report."""
-        super().__init__(message)
-        self.details = details
 
 
 @dataclass(frozen=True)
@@ -47,6 +41,12 @@ class Image:
 
     name: str
     content: bytes
+
+
+def check_comfyui(folder: Path) -> None:
+    """Raise ComfyUIError unless a ComfyUI lies in ``folder``."""
+    if not (folder / "main.py").is_file():
+        raise ComfyUIError(f"There is no ComfyUI in {folder}: expected its main.py. Name the folder that has it.")
 
 
 def prepare_base(base: Path) -> Path:
@@ -60,6 +60,14 @@ def prepare_base(base: Path) -> Path:
         except OSError:  # Windows without the right to make links
             shutil.copytree(PACK, link, ignore=shutil.ignore_patterns(".*", "tests"))
     return base
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``, without copying where links can be made."""
+    try:
+        target.symlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 class ComfyUIServer:
@@ -79,8 +87,7 @@ class ComfyUIServer:
 
     def __enter__(self) -> ComfyUIServer:
         """Start the server and wait until it answers."""
-        if not (self.comfyui / "main.py").is_file():
-            raise ComfyUIError(f"There is no ComfyUI in {self.comfyui}: expected its main.py. Run `make venv` first.")
+        check_comfyui(self.comfyui)
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [
@@ -101,7 +108,7 @@ class ComfyUIServer:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.__exit__()
                 raise ComfyUIError(f"ComfyUI did not start; the end of {self.log}:\n{self.read_log()[-2000:]}")
-            self._process_wait(0.25)
+            time.sleep(0.25)
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -120,7 +127,7 @@ class ComfyUIServer:
 
     def get(self, path: str, **params: str) -> Any:
         """Return the JSON answer to a GET request."""
-        response = requests.get(f"{self.url}{path}", params=params, timeout=_REQUEST_SECONDS)
+        response = _http.get(f"{self.url}{path}", params=params, timeout=_REQUEST_SECONDS)
         response.raise_for_status()
         return response.json()
 
@@ -142,7 +149,7 @@ class ComfyUIServer:
             body: dict[str, Any] = {"prompt": prompt, "client_id": client}
             if workflow is not None:
                 body["extra_data"] = {"extra_pnginfo": {"workflow": workflow}}
-            response = requests.post(f"{self.url}/prompt", json=body, timeout=_REQUEST_SECONDS)
+            response = _http.post(f"{self.url}/prompt", json=body, timeout=_REQUEST_SECONDS)
             if response.status_code != 200:
                 raise ComfyUIError(f"ComfyUI refused the workflow: {response.text}", response.json())
             prompt_id = response.json()["prompt_id"]
@@ -153,22 +160,15 @@ class ComfyUIServer:
         return [self._image(entry) for output in outputs.values() for entry in output.get("images", [])]
 
     def _image(self, entry: Mapping[str, str]) -> Image:
-        response = requests.get(f"{self.url}/view", params=dict(entry), timeout=_REQUEST_SECONDS)
+        response = _http.get(f"{self.url}/view", params=dict(entry), timeout=_REQUEST_SECONDS)
         response.raise_for_status()
         return Image(entry["filename"], response.content)
 
     def _answers(self) -> bool:
         try:
-            return requests.get(f"{self.url}/system_stats", timeout=_REQUEST_SECONDS).ok
+            return _http.get(f"{self.url}/system_stats", timeout=_REQUEST_SECONDS).ok
         except requests.ConnectionError:
             return False
-
-    def _process_wait(self, seconds: float) -> None:
-        assert self._process is not None
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return
 
 
 def _wait(connection: websocket.WebSocket, prompt_id: str, progress: Progress | None) -> None:

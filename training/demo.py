@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..adapter import EncoderSpec, load_adapter, save_adapter
-from ..profiles import EncoderError, Level, default_template, levels, profiles_folder
+from ..profiles import EncoderError, Level, default_template, embeddings_folder, levels
 from ..profiles.encoders import CachedEncoder, LanguageModelEncoder, find_language_model
 from ..safe_files import replacing
-from .comfyui import PACK, ComfyUIServer, Prompt, prepare_base, to_prompt
+from .comfyui import PACK, ComfyUIServer, Prompt, check_comfyui, link_file, prepare_base, to_prompt
 from .synthetic import SMALL_SD15, attention_widths, write_checkpoint, write_release_adapter
 
 WORKFLOW = PACK / "example_workflows" / "psa_first_steps.json"
@@ -37,6 +37,7 @@ _TILE, _MARGIN, _LINE = 256, 16, 22
 
 def run_demo(comfyui: Path, output: Path) -> None:
     """Write the contact sheet to ``output``; ``comfyui`` is a folder with ComfyUI's ``main.py``."""
+    check_comfyui(comfyui)
     console = Console()
     with (
         tempfile.TemporaryDirectory(prefix="psa-demo-") as folder,
@@ -78,13 +79,13 @@ def make_models(base: Path) -> None:
     models = base / "models"
     transformers_logging.disable_progress_bar()
     source = language_model_file()
-    (models / "LLM" / source.name).symlink_to(source)
+    link_file(source, models / "LLM" / source.name)
     write_checkpoint(models / "checkpoints" / CHECKPOINT)
 
     release = base / "psa_adapter.bin"
     template = default_template()
     encoder = LanguageModelEncoder(LANGUAGE_MODEL, template, find_language_model(LANGUAGE_MODEL, [models / "LLM"]))
-    cache = profiles_folder(base / "user").with_name("embeddings")
+    cache = embeddings_folder(base / "user")
     embeddings = CachedEncoder(encoder, cache).encode([level.profile for level in levels()])
     write_release_adapter(release, attention_widths(SMALL_SD15), SMALL_SD15.context_dim, embeddings.shape[1])
     adapter = load_adapter(release)

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -21,6 +21,7 @@ from ..profiles import (
     Profile,
     ProfileError,
     ProfileStore,
+    banned_categories,
     decide,
     find_level,
     parse_profile,
@@ -29,7 +30,6 @@ from ..profiles import (
     user_row,
 )
 from ..profiles.schema import GENDERS, MENTAL_CONDITIONS, PHYSICAL_CONDITIONS, RELIGIONS
-from ..profiles.simulate import COLUMNS
 from ..safe_files import replacing
 
 USER_DIRECTORY = "PSA_USER_DIRECTORY"
@@ -87,6 +87,9 @@ def new(
     if activate:
         store.activate(stored.id)
     console.print(f"{stored.id}{' (active)' if activate else ''}", markup=False)
+    # On stderr: stdout is the id alone, for scripts.
+    bans = ", ".join(banned_categories(stored.profile)) or "nothing"
+    Console(stderr=True, highlight=False).print(f"This profile bans {bans}.")
 
 
 @profile_app.command("list")
@@ -157,8 +160,8 @@ def users(
         raise ProfileError(f"{output} cannot be written ({error.strerror}). Choose another file.") from None
 
 
-def _write_csv(file: Any, rows: Sequence[dict[str, str]]) -> None:
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+def _write_csv(file: TextIO, rows: Sequence[dict[str, str]]) -> None:
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...safe_files import make_private
 from ..embedding import SafetyEmbedding, load_embedding, save_embedding
 from ..errors import EncoderError
 from ..schema import Profile
@@ -63,7 +64,7 @@ class CachedEncoder:
         if path is None:
             return
         try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private(self._folder)
             save_embedding(SafetyEmbedding(row[None], self.identity), path)
         except OSError as error:
             logger.warning(

@@ -29,8 +29,9 @@ from ..template import fill_template
 MaxMemory = dict[Any, int]
 
 _BATCH_SIZE = 8
-# What may follow a model's name in a GGUF file's: ".Q4_K_M.gguf", "-bf16.gguf", ".gguf".
-_QUANTISATION = r"([.-](i?q\d\w*|b?f\d+|fp\d+))?\.gguf"
+# What may follow a model's name in a GGUF file's: ".Q4_K_M.gguf", "-UD-Q4_K_XL.gguf", "-bf16.gguf", ".gguf".
+_QUANTISATION = r"([.-](ud|i1|imat))?([.-](i?q\d\w*|b?f\d+|fp\d+|mxfp\d\w*))?(-\d+-of-\d+)?\.gguf"
+_SPLIT = re.compile(r"-\d+-of-\d+\.gguf$", re.IGNORECASE)
 
 
 class ModelHost(Protocol):
@@ -44,7 +45,11 @@ class ModelHost(Protocol):
         ...
 
     def hold(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Keep ``model`` on the device for the block, and give the memory back afterwards."""
+        """Keep ``model`` on the device for the block, and take it off afterwards."""
+        ...
+
+    def release(self) -> None:
+        """Give freed memory back to the device: the model is gone."""
         ...
 
 
@@ -66,6 +71,9 @@ class CPUHost:
     def hold(self, model: nn.Module) -> AbstractContextManager[None]:
         """Nothing to do: the model lies in main memory already."""
         return nullcontext()
+
+    def release(self) -> None:
+        """Nothing to do: freed memory is free."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +110,11 @@ def find_language_model(name: str, folders: Sequence[Path]) -> LanguageModelFile
         for folder in (root / name, root / short):
             if (folder / "config.json").is_file():
                 return LanguageModelFiles(folder)
-            if folder.is_dir() and (files := sorted(folder.glob("*.gguf"))):
-                return LanguageModelFiles(folder, files[0].name)
+            if folder.is_dir() and (files := sorted(folder.glob("*.[gG][gG][uU][fF]"))):
+                return _gguf(files)
         gguf = re.compile(re.escape(short) + _QUANTISATION, re.IGNORECASE)
         if files := sorted(path for path in root.glob("*.[gG][gG][uU][fF]") if gguf.fullmatch(path.name)):
-            return LanguageModelFiles(root, files[0].name)
+            return _gguf(files)
     target = (folders[0] if folders else Path("models/LLM")) / short
     raise EncoderError(
         f"The adapter was trained with embeddings from the language model {name}, which is not on this machine: "
@@ -114,6 +122,16 @@ def find_language_model(name: str, folders: Sequence[Path]) -> LanguageModelFile
         f'itself. Fetch it with:  hf download {name} --local-dir "{target}"  or use Load Safety Embedding with an '
         "embedding made elsewhere."
     )
+
+
+def _gguf(files: Sequence[Path]) -> LanguageModelFiles:
+    whole = [path for path in files if not _SPLIT.search(path.name)]
+    if not whole:
+        raise EncoderError(
+            f"The language model {files[0]} is split into parts, which transformers cannot read. Merge them into one "
+            "GGUF file, or use the model's Hugging Face folder."
+        )
+    return LanguageModelFiles(whole[0].parent, whole[0].name)
 
 
 def llm_identity(name: str, template: str) -> str:
@@ -157,6 +175,9 @@ class LanguageModelEncoder:
                 self._mean_hidden_state(model, tokenizer, texts[start : start + _BATCH_SIZE])
                 for start in range(0, len(texts), _BATCH_SIZE)
             ]
+        del model
+        gc.collect()
+        self._host.release()
         return torch.cat(rows).clone()
 
     def _mean_hidden_state(self, model: nn.Module, tokenizer: Any, texts: list[str]) -> Tensor:
@@ -185,7 +206,7 @@ class LanguageModelEncoder:
 
     @contextmanager
     def _model(self) -> Iterator[nn.Module]:
-        """Load the model without its head, and give its memory back at the end of the block."""
+        """Load the model without its head; it is off the host's device at the end of the block."""
         from transformers import AutoConfig, AutoModel
 
         with self._readable():
@@ -193,7 +214,7 @@ class LanguageModelEncoder:
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in AutoModel.from_config(config).parameters())
         max_memory = self._host.make_room(parameters * self._host.dtype.itemsize)
-        with tempfile.TemporaryDirectory(prefix="psa-offload-") as offload:
+        with tempfile.TemporaryDirectory(prefix="psa-offload-", ignore_cleanup_errors=True) as offload:
             kwargs = {**self._files.kwargs, "config": config, "dtype": self._host.dtype}
             if max_memory is not None:
                 kwargs |= {"device_map": "auto", "max_memory": max_memory, "offload_folder": offload}
@@ -208,8 +229,6 @@ class LanguageModelEncoder:
             model.eval()
             with self._host.hold(model) if max_memory is None else nullcontext():
                 yield model
-            del model
-            gc.collect()
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
@@ -218,7 +237,7 @@ class LanguageModelEncoder:
         damage: tuple[type[Exception], ...] = (*DAMAGE, TemplateError)
         try:
             yield
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             raise  # ComfyUI has its own answer to that
         except damage as error:
             what = self._files.gguf_file or f"The folder {self._files.folder}"

@@ -9,9 +9,11 @@ import comfy.samplers
 import comfy.supported_models
 import comfy.utils
 import torch
+import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from comfyui_psa.adapter import PSAAdapter, find_sites
 from comfyui_psa.training.synthetic import UNetShape, random_weights, unet_shapes
 
 CPU = torch.device("cpu")
@@ -103,3 +105,25 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 ROUNDING = 2e-5
+
+
+def site_paths(model: ModelPatcher) -> list[str]:
+    """The module paths of the cross-attention layers."""
+    return [site.path for site in find_sites(model.model.diffusion_model)]
+
+
+def baked(weights: dict[str, Tensor], paths: list[str], adapter: PSAAdapter, embedding: Tensor) -> dict[str, Tensor]:
+    """The weights of a model that treats everything as PSA would treat this one user."""
+    changed = dict(weights)
+    projection = adapter.user_proj
+    token = F.layer_norm(
+        F.linear(embedding, projection.proj.weight, projection.proj.bias),
+        (TINY.context_dim,),
+        projection.norm.weight,
+        projection.norm.bias,
+    )
+    for i, path in enumerate(paths):
+        value = F.linear(token, adapter.get_parameter(f"sites.{i}.to_v_user.weight"))
+        bias, weight = f"{path}.to_out.0.bias", f"{path}.to_out.0.weight"
+        changed[bias] = weights[bias] + (weights[weight].double() @ value.double()).float()
+    return changed

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy_testing import TINY, comfy_model, unet_weights
+from comfy_testing import TINY, baked, comfy_model, site_paths, unet_weights
 from torch import Tensor
 
 from comfyui_psa.adapter import PSAAdapter, find_sites, load_adapter
@@ -50,5 +51,26 @@ def users() -> Callable[..., SafetyEmbedding]:
     def make(*numbers: int) -> SafetyEmbedding:
         rows = [torch.randn(EMBEDDING_DIM, generator=torch.Generator().manual_seed(n)) for n in numbers]
         return SafetyEmbedding(torch.stack(rows))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def paths(model: ModelPatcher) -> list[str]:
+    return site_paths(model)
+
+
+@pytest.fixture(scope="session")
+def expected_halves(
+    weights: dict[str, Tensor], paths: list[str], adapter: PSAAdapter, users: Callable[..., SafetyEmbedding]
+) -> Any:
+    """Two models without PSA: one bakes in user 0, the other the null user."""
+
+    def make(weights: dict[str, Tensor] = weights) -> tuple[ModelPatcher, ModelPatcher]:
+        user = users(0).vectors[0]
+        return (
+            comfy_model(baked(weights, paths, adapter, user)),
+            comfy_model(baked(weights, paths, adapter, torch.zeros_like(user))),
+        )
 
     return make

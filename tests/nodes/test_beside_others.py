@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, perp_neg
-from comfy_testing import CPU, ROUNDING, TINY, comfy_model, conditioning, denoise, difference, noise
+from comfy_testing import CPU, ROUNDING, TINY, baked, comfy_model, conditioning, denoise, difference, noise
 from torch import Tensor
 
 from comfyui_psa.adapter import PSAAdapter, find_sites
@@ -33,42 +33,6 @@ POSITIVE = conditioning(TINY, 1)
 NEGATIVE = conditioning(TINY, 2)
 LATENT = noise(2, 4, 16, 16)
 CFG = 4.0
-
-
-@pytest.fixture(scope="module")
-def paths(model: ModelPatcher) -> list[str]:
-    return [site.path for site in find_sites(model.model.diffusion_model)]
-
-
-def baked(weights: Weights, paths: list[str], adapter: PSAAdapter, embedding: Tensor) -> Weights:
-    """The weights of a model that treats everything as PSA would treat this one user."""
-    changed = dict(weights)
-    projection = adapter.user_proj
-    token = F.layer_norm(
-        F.linear(embedding, projection.proj.weight, projection.proj.bias),
-        (TINY.context_dim,),
-        projection.norm.weight,
-        projection.norm.bias,
-    )
-    for i, path in enumerate(paths):
-        value = F.linear(token, adapter.get_parameter(f"sites.{i}.to_v_user.weight"))
-        bias, weight = f"{path}.to_out.0.bias", f"{path}.to_out.0.weight"
-        changed[bias] = weights[bias] + (weights[weight].double() @ value.double()).float()
-    return changed
-
-
-@pytest.fixture(scope="module")
-def expected_halves(weights: Weights, paths: list[str], adapter: PSAAdapter, users: Users) -> Any:
-    """Two models without PSA: one bakes in user 0, the other the null user."""
-
-    def make(weights: Weights = weights) -> tuple[ModelPatcher, ModelPatcher]:
-        user = users(0).vectors[0]
-        return (
-            comfy_model(baked(weights, paths, adapter, user)),
-            comfy_model(baked(weights, paths, adapter, torch.zeros_like(user))),
-        )
-
-    return make
 
 
 def guided(

@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_testing import TINY, conditioning, denoise, noise
 
-from comfyui_psa.adapter import AdapterConfig, EncoderSpec, PSAAdapter, save_adapter
+from comfyui_psa.adapter import AdapterConfig, AdapterError, EncoderSpec, PSAAdapter, save_adapter
 from comfyui_psa.nodes import PSAExtension
 from comfyui_psa.nodes.folders import profile_store
 from comfyui_psa.profiles import EncoderError, Profile, ProfileError, SafetyEmbedding, levels
@@ -147,6 +147,37 @@ def test_a_missing_adapter_names_the_folder(nodes: dict[str, Any], comfyui: Path
     assert str(comfyui / "models" / "psa_adapters") in message
 
 
+def test_a_file_of_the_same_name_elsewhere_is_another_file(nodes: dict[str, Any], comfyui: Path) -> None:
+    folder = comfyui / "models" / "psa_embeddings"
+    np.save(folder / "0000001.npy", np.ones(3, dtype=np.float32))
+    node = nodes["PSALoadEmbedding"]
+    assert str(folder / "alice" / "0000001.npy") in node.validate_inputs(embedding_name="alice/0000001.npy")
+    with pytest.raises(EncoderError, match="There is no embedding"):
+        node.execute(embedding_name="alice/0000001.npy")
+    with pytest.raises(AdapterError, match="There is no adapter"):
+        nodes["PSALoadAdapter"].execute(adapter_name="sdxl/psa_adapter.bin")
+
+
+@pytest.mark.parametrize(
+    ("node", "name"),
+    [
+        ("PSALoadAdapter", "adapter_name"),
+        ("PSASafetyLevel", "level"),
+        ("PSAUserProfile", "profile_id"),
+        ("PSALoadEmbedding", "embedding_name"),
+    ],
+)
+def test_a_choice_that_another_node_makes_is_checked_when_it_is_known(
+    nodes: dict[str, Any], node: str, name: str
+) -> None:
+    """ComfyUI validates linked inputs as None, before their value exists."""
+    assert nodes[node].validate_inputs(**{name: None}) is True
+    if node != "PSASafetyLevel":
+        nodes[node].fingerprint_inputs(**{name: None})
+    with pytest.raises(ValueError, match="There is no"):
+        nodes[node].execute(**{name: "ffffffffffffffff"})
+
+
 def test_only_files_of_the_right_kind_are_offered(nodes: dict[str, Any], comfyui: Path) -> None:
     for name in ("a.safetensors", "b.bin", "get_embeds.txt", "notes.md"):
         (comfyui / "models" / "psa_adapters" / name).touch()
@@ -211,6 +242,10 @@ def test_an_embedding_from_another_encoder(apply: Callable[..., Any], adapter: P
     apply(ours, SafetyEmbedding(vectors))  # a .npy file does not say where it comes from
     with pytest.raises(EncoderError, match=r"llm:Other:0, .* attributes-1"):
         apply(ours, SafetyEmbedding(vectors, "llm:Other:0"))
+    newer = EncoderSpec(kind="attributes", name="attributes-2")
+    ours.config = ours.config.model_copy(update={"encoder": newer})
+    with pytest.raises(EncoderError, match=r"attributes-1, .* attributes-2"):
+        apply(ours, SafetyEmbedding(vectors, "attributes-1"))
 
 
 def test_every_unconditional_choice_runs(

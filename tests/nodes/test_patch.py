@@ -180,5 +180,5 @@ def test_a_call_outside_a_sampler_is_protected_too(model: ModelPatcher, adapter:
 
 def test_a_call_that_skips_the_preparation_is_an_error(model: ModelPatcher, adapter: PSAAdapter, users: Users) -> None:
     options = apply_psa(model, adapter, users(0)).model_options["transformer_options"]
-    with torch.no_grad(), pytest.raises(AdapterError, match="nothing would be protected"):
+    with torch.no_grad(), pytest.raises(AdapterError, match="would not be protected"):
         model.model.diffusion_model(LATENT, torch.tensor([500.0]), context=POSITIVE[0][0], transformer_options=options)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import io
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,9 @@ import requests
 from prompts import MARKERS, base_prompt, psa_prompt
 from studio import Studio
 
-from comfyui_psa.profiles import StoredProfile, levels
-from comfyui_psa.training.comfyui import PACK, ComfyUIError, Image, Prompt
+from comfyui_psa.profiles import StoredProfile, levels, private_fingerprint
+from comfyui_psa.training.comfyui import PACK, Image, Prompt
+from comfyui_psa.training.errors import ComfyUIError
 
 PRIVATE_WORDS = (*MARKERS.values(), "elderly")
 
@@ -65,8 +68,13 @@ def test_nothing_of_the_profile_leaves_the_store(studio: Studio) -> None:
     saved = PIL.Image.open(io.BytesIO(image.content))
     assert json.loads(saved.info["prompt"])["6"]["inputs"] == {"profile_id": "active"}
     assert_private(json.dumps(saved.info))
+    history = studio.server.get("/history")
+    newest = json.dumps(max(history.values(), key=lambda entry: entry["prompt"][0]))
+    for text in (json.dumps(saved.info), newest):
+        assert "Propaganda" not in text
+        assert not re.search(r"(?<![0-9a-f.])87(?![0-9a-f])", text)  # the age, and no part of an id or a time
     assert_private(image.content.decode("latin-1"))
-    assert_private(json.dumps(studio.server.get("/history")))
+    assert_private(json.dumps(history))
     assert_private(json.dumps(studio.server.get("/object_info")))
     assert_private(studio.server.read_log())
 
@@ -79,27 +87,42 @@ def test_nothing_of_the_profile_leaves_the_store(studio: Studio) -> None:
 
 
 def test_the_saved_fingerprint_is_not_a_plain_hash_of_the_profile(studio: Studio) -> None:
-    import hashlib
-
     saved = PIL.Image.open(io.BytesIO(run(studio, psa_prompt()).content))
     (fingerprint,) = json.loads(saved.info["prompt"])["6"]["is_changed"]
+    # The same function on the same profile in this process: without a secret it would be the same text.
     profile = studio.store.resolve("active").profile
-    content = [profile.model_dump_json(), json.dumps(profile.model_dump())]
-    assert len(fingerprint) == 16
-    assert all(fingerprint not in hashlib.sha256(text.encode()).hexdigest() for text in content)
+    here = private_fingerprint(json.dumps(profile.model_dump(), sort_keys=True))
+    assert len(fingerprint) == len(here) == 16
+    assert fingerprint != here
 
 
 def test_comfyui_serves_nothing_from_the_private_folder(studio: Studio) -> None:
     name = f"{studio.profile.id}.json"
+    control = studio.server.base / "user" / "default" / "control.json"
+    control.parent.mkdir(exist_ok=True)
+    control.write_text("readable", encoding="utf-8")
+    assert raw_get(studio, "/userdata/control.json") == (200, "readable")
     for path in (
         f"/userdata/..%2F__psa%2Fprofiles%2F{name}",
+        f"/userdata/%2e%2e/__psa/profiles/{name}",
         "/userdata?dir=../__psa/profiles&recurse=true",
         f"/view?type=output&filename={name}&subfolder=../user/__psa/profiles",
         f"/extensions/ComfyUI-PSA/../../user/__psa/profiles/{name}",
     ):
-        response = requests.get(f"{studio.server.url}{path}", timeout=30)
-        assert name not in response.text
-        assert_private(response.text)
+        status, text = raw_get(studio, path)
+        assert status >= 400, path
+        assert_private(text)
+
+
+def raw_get(studio: Studio, path: str) -> tuple[int, str]:
+    """Send a path as it stands; other clients tidy it up first."""
+    connection = http.client.HTTPConnection(studio.server.url.removeprefix("http://"), timeout=30)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode("latin-1")
+    finally:
+        connection.close()
 
 
 @pytest.mark.parametrize("profile_id", ["0123456789abcdef", "../../secrets", "", "Active"])
