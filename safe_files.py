@@ -24,7 +24,6 @@ DAMAGE: tuple[type[Exception], ...] = (
     EOFError,
     LookupError,
     MemoryError,
-    NotImplementedError,
     OSError,
     RuntimeError,
     SafetensorError,

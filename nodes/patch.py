@@ -87,7 +87,16 @@ class UserPatch:
             clone.set_model_attn2_output_patch(self)
         return clone
 
-    def wrap_run(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+    def wrap_run(
+        self,
+        executor: WrapperExecutor,
+        noise: Tensor,
+        latent_image: Tensor,
+        sampler: Any,
+        sigmas: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """``OUTER_SAMPLE`` wrapper: one run, from projecting the vectors to checking that they were used."""
         guider = executor.class_obj
         for name, conds in guider.conds.items():
@@ -95,8 +104,9 @@ class UserPatch:
                 cond[_ROLE_KEY] = name
         run = Run(self)
         guider.model_options["transformer_options"][self._run_key] = run
-        samples = executor(*args, **kwargs)
-        run.check()
+        samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        if len(sigmas) > 1:  # else there was no step to take
+            run.check()
         return samples
 
     def wrap_conds(

@@ -129,6 +129,18 @@ def test_a_run_that_leaves_psa_out_gives_no_picture(
     denoise(leave_out(model), POSITIVE, NEGATIVE, LATENT, 4.0)
 
 
+def test_a_run_without_steps_is_no_run_that_left_psa_out(
+    model: ModelPatcher, adapter: PSAAdapter, users: Users
+) -> None:
+    """As a second sampler that begins where the first one has finished."""
+    guider = comfy.samplers.CFGGuider(apply_psa(model, adapter, users(0)))
+    guider.set_conds(POSITIVE, NEGATIVE)
+    sampler = comfy.samplers.sampler_object("euler")
+    with torch.no_grad():
+        done = guider.sample(LATENT, torch.zeros_like(LATENT), sampler, torch.tensor([0.0]), disable_pbar=True, seed=0)
+    assert done.shape == LATENT.shape
+
+
 def test_a_range_that_no_step_meets_is_noted(
     model: ModelPatcher, adapter: PSAAdapter, users: Users, caplog: pytest.LogCaptureFixture
 ) -> None:
