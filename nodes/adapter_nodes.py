@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..adapter import TEMPLATE_NAME, AdapterError, NullMode, PSAAdapter, load_adapter
 from ..profiles import SafetyEmbedding
 from .apply import apply_psa
-from .folders import ADAPTERS, file_fingerprint, file_names, find_file, missing_file
+from .folders import ADAPTERS, check_file, file_fingerprint, file_names, find_file, missing_file
 from .schema import Adapter, Embedding, advanced_combo, node_schema
 
 AS_TRAINED = "as trained"
@@ -45,10 +45,8 @@ class PSALoadAdapter(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, adapter_name: str | None) -> bool | str:
-        """Accept a file that exists; else say where it belongs. A linked name is None here, and checked later."""
-        if adapter_name is None or find_file(ADAPTERS, adapter_name):
-            return True
-        return missing_file("adapter", ADAPTERS, adapter_name)
+        """Accept a file that exists; else say where it belongs."""
+        return check_file("adapter", ADAPTERS, adapter_name)
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name: str | None) -> str:

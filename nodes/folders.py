@@ -41,6 +41,11 @@ def find_file(folder: str, name: str) -> Path | None:
     return Path(found) if found else None
 
 
+def check_file(what: str, folder: str, name: str | None) -> bool | str:
+    """Return True if a chosen file is there, else the message. A linked name is None here, and checked later."""
+    return name is None or find_file(folder, name) is not None or missing_file(what, folder, name)
+
+
 def missing_file(what: str, folder: str, name: str) -> str:
     """Return the message for a file that is not there: what it is, and where it belongs."""
     root = Path(folder_paths.get_folder_paths(folder)[0])

@@ -147,6 +147,14 @@ class UserPatch:
         return n if call.idle else n + call.addition(n, extra_options)
 
 
+@dataclass(eq=False)
+class Table:
+    """``[users + 1, sum of hidden sizes]``: per user and null, what each layer adds; and what was cut from it."""
+
+    values: Tensor
+    rows: dict[tuple[Roles, int], tuple[Tensor, ...]] = field(default_factory=dict)
+
+
 @dataclass
 class Call:
     """One call of the UNet: what each site adds, ``[batch, 1, hidden]``; nothing if ``rows`` is empty."""
@@ -154,7 +162,7 @@ class Call:
     run: Run
     batch: int
     roles: Roles | None
-    table: Tensor | None = None
+    table: Table | None = None
     rows: tuple[Tensor, ...] = ()
     reached: set[int] = field(default_factory=set)
 
@@ -187,8 +195,7 @@ class Run:
         """Begin a run; the projection waits for the first call, which knows device and precision."""
         self.patch = patch
         self._lock = threading.Lock()
-        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._rows: dict[tuple[int, Roles, int], tuple[Tensor, ...]] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype], Table] = {}
         self._calls = 0
         self._active_calls = 0
         self._reached: set[int] = set()
@@ -229,15 +236,15 @@ class Run:
                 self.patch.end_percent,
             )
 
-    def rows_for(self, table: Tensor, of_user: Roles, batch: int) -> tuple[Tensor, ...]:
+    def rows_for(self, table: Table, of_user: Roles, batch: int) -> tuple[Tensor, ...]:
         """Return per site ``[batch, 1, hidden]`` for a batch of equal chunks, each the user's or not."""
-        key = (id(table), of_user, batch)
+        key = (of_user, batch)
         with self._lock:
-            if key not in self._rows:
-                index = torch.tensor(self._row_numbers(of_user, batch), device=table.device)
+            if key not in table.rows:
+                index = torch.tensor(self._row_numbers(of_user, batch), device=table.values.device)
                 sizes = [rows.shape[1] for rows in self.patch.rows]
-                self._rows[key] = torch.split(table[index][:, None], sizes, dim=2)
-            return self._rows[key]
+                table.rows[key] = torch.split(table.values[index][:, None], sizes, dim=2)
+            return table.rows[key]
 
     def _row_numbers(self, of_user: Roles, batch: int) -> list[int]:
         users = self.patch.users
@@ -260,27 +267,25 @@ class Run:
         # Half open, so that ranges which follow each other share no step.
         return begin >= float(sigma.max()) > end
 
-    def _table(self, model: Any, device: torch.device) -> Tensor:
-        """Return ``[users + 1, sum of hidden sizes]``: per user and null, what each layer adds."""
+    def _table(self, model: Any, device: torch.device) -> Table:
         dtype = model.manual_cast_dtype or model.get_dtype()
         patcher = getattr(model, "current_patcher", None)
         with self._lock:
             if patcher is not None and patcher.current_hooks is not None:
                 # Hooks change the weights between calls of one run, so their projections serve one call only.
                 self._tables.clear()
-                self._rows.clear()
                 return self._project(model.diffusion_model, dtype, device)
             key = (device, dtype)
             if key not in self._tables:
                 self._tables[key] = self._project(model.diffusion_model, dtype, device)
             return self._tables[key]
 
-    def _project(self, unet: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _project(self, unet: nn.Module, dtype: torch.dtype, device: torch.device) -> Table:
         columns = []
         for site, rows in zip(self.patch.sites, self.patch.rows, strict=True):
             to_out = unet.get_submodule(f"{site.path}.to_out")
             columns.append(_through(to_out, rows, dtype, device) * self.patch.strength)
-        return torch.cat(columns, dim=1).to(dtype)
+        return Table(torch.cat(columns, dim=1).to(dtype))
 
 
 def _roles(conds: Sequence[Sequence[Options] | None]) -> Roles:

@@ -18,7 +18,7 @@ from ..profiles import (
     private_fingerprint,
 )
 from .encode import encode_profile
-from .folders import EMBEDDINGS, file_fingerprint, file_names, find_file, missing_file, profile_store
+from .folders import EMBEDDINGS, check_file, file_fingerprint, file_names, find_file, missing_file, profile_store
 from .schema import Adapter, Embedding, UserProfile, node_schema
 
 
@@ -173,10 +173,8 @@ class PSALoadEmbedding(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, embedding_name: str | None) -> bool | str:
-        """Accept a file that exists; else say where it belongs. A linked name is None here, and checked later."""
-        if embedding_name is None or find_file(EMBEDDINGS, embedding_name):
-            return True
-        return missing_file("embedding", EMBEDDINGS, embedding_name)
+        """Accept a file that exists; else say where it belongs."""
+        return check_file("embedding", EMBEDDINGS, embedding_name)
 
     @classmethod
     def fingerprint_inputs(cls, embedding_name: str | None) -> str:

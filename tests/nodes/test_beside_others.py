@@ -175,6 +175,24 @@ def test_beside_a_lora_on_one_conditioning_only(
     assert difference(denoise(patched, POSITIVE, NEGATIVE, LATENT, CFG), guided(expected_halves(), alone)) < ROUNDING
 
 
+def test_a_hooked_and_a_plain_conditioning_of_the_same_user(
+    model: ModelPatcher, weights: Weights, adapter: PSAAdapter, users: Users, paths: list[str], expected_halves: Any
+) -> None:
+    """Both are the user's, in one step, with different weights of the model."""
+    changes, merged = lora(weights, paths)
+    keyed = {
+        f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}.diff": change for name, change in changes.items()
+    }
+    hooks = comfy.hooks.create_hook_lora(keyed, 1.0, 1.0)
+    both = comfy.hooks.set_hooks_for_conditioning(POSITIVE, hooks) + conditioning(TINY, 4)
+    patched = apply_psa(model, adapter, users(0))
+    hooked = denoise(expected_halves(merged)[0], POSITIVE, NEGATIVE, LATENT)
+    plain = denoise(expected_halves()[0], conditioning(TINY, 4), NEGATIVE, LATENT)
+    assert difference(hooked, plain) > 0.01
+    for positive in (both, both[::-1]):
+        assert difference(denoise(patched, positive, NEGATIVE, LATENT), (hooked + plain) / 2) < ROUNDING
+
+
 def test_beside_a_controlnet(model: ModelPatcher, adapter: PSAAdapter, users: Users, expected_halves: Any) -> None:
     unet = model.model.model_config.unet_config
     config = {name: value for name, value in unet.items() if name not in ("out_channels", "transformer_depth_output")}
