@@ -1,4 +1,4 @@
-"""The exceptions of this room."""
+"""The exceptions of this room; each message says what was found, what was expected, and what to do."""
 
 from __future__ import annotations
 
@@ -15,3 +15,15 @@ class ComfyUIError(RuntimeError):
         """Keep the message and the server's report."""
         super().__init__(message)
         self.details = details
+
+
+class TrainingError(RuntimeError):
+    """A training run cannot start or go on: its configuration, the machine, or the numbers."""
+
+
+class DataError(TrainingError):
+    """A data set, an image, a user table or a cache cannot be used."""
+
+
+class BaseModelError(TrainingError):
+    """A base model cannot be opened, or is of a kind that no adapter can be trained for."""

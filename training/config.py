@@ -1,0 +1,285 @@
+"""What a training run is: the TOML configuration, validated. Knows no torch and reads no data.
+
+Paths are relative to the folder in which the command runs. Every default that the paper states is the
+paper's (arXiv 2508.01151); the ready files in ``configs/`` say where they differ for SD1.5 and SDXL.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from ..adapter import EncoderSpec, NullMode
+from .errors import TrainingError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CONFIGS = Path(__file__).parent / "configs"
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["fp32", "bf16", "fp16"]
+PredictionType = Literal["auto", "epsilon", "v_prediction"]
+LearningRateSchedule = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+]
+
+
+class Section(BaseModel):
+    """A table of the configuration: unknown keys are errors, values are fixed once read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSection(Section):
+    """The frozen base model."""
+
+    base: Path = Field(description="a diffusers folder or a single-file checkpoint")
+    prediction_type: PredictionType = "auto"
+    dtype: Precision = Field("bf16", description="precision of the frozen UNet; what is trained stays float32")
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+
+class EncoderSection(Section):
+    """How users become embeddings: ``attributes``, or a language model found in ``folders``."""
+
+    kind: Literal["llm", "attributes"] = "attributes"
+    name: str = Field("attributes-1", description="for llm: the model's name or hub id")
+    template: Path | None = Field(None, description="for llm: a prompt template; by default this pack's own")
+    folders: tuple[Path, ...] = Field((Path("models/LLM"),), description="for llm: where language models lie")
+    batch_size: PositiveInt = 8
+
+    @model_validator(mode="after")
+    def _name_fits(self) -> EncoderSection:
+        EncoderSpec(kind=self.kind, name=self.name)
+        if self.kind == "llm" and self.name == "attributes-1":
+            raise ValueError('an encoder of kind "llm" needs the name of its language model')
+        return self
+
+
+class DataSection(Section):
+    """Preference pairs, users, and what is cached of them."""
+
+    train: Path = Field(description="a Sage split folder, or a datasets folder (parquet, arrow, jsonl)")
+    embeddings: Path | None = Field(
+        None, description="a folder of <User_ID>.npy; without it the encoder computes them from user_data"
+    )
+    encoder: EncoderSection = EncoderSection()
+    cache: Path = Path("cache")
+    resolution: PositiveInt = Field(512, multiple_of=8)
+    crop: Literal["center", "random"] = "center"
+    flip: bool = Field(True, description="mirror a pair with probability one half")
+    cache_batch_size: PositiveInt = 8
+    streaming: bool = Field(False, description="read the source shard by shard, for sets larger than memory and disk")
+    max_skipped: NonNegativeInt = Field(0, description="how many unusable rows may be left out, each reported")
+
+
+class AdapterSection(Section):
+    """What is trained."""
+
+    name: str = Field("psa_adapter", pattern=r"^[\w][\w.-]*$", description="the file name, without ending")
+    null: NullMode = "zero_embedding"
+    standardise: bool = Field(True, description="standardise user embeddings; false is the paper")
+
+
+class LossSection(Section):
+    """Diffusion-DPO."""
+
+    beta: PositiveFloat = 5000.0
+    prompt_dropout: Share = 0.2
+    user_dropout: Share = Field(0.1, description="share of pairs seen as the null user; 0 is the paper")
+    noise_offset: NonNegativeFloat = 0.0
+
+
+class OptimizerSection(Section):
+    """The optimizer of the adapter's float32 weights."""
+
+    kind: Literal["adamw", "adafactor", "adamw8bit"] = "adamw"
+    learning_rate: PositiveFloat = 5e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 1e-2
+    epsilon: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat = 1.0
+    schedule: LearningRateSchedule = "constant_with_warmup"
+    warmup_steps: NonNegativeInt = 500
+    cycles: PositiveInt = Field(1, description="for cosine_with_restarts")
+    power: PositiveFloat = Field(1.0, description="for polynomial")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="0: no moving average")
+
+
+class RunSection(Section):
+    """How long, how large, where to, and from where."""
+
+    output: Path = Path("runs/psa")
+    steps: PositiveInt = 5000
+    batch_size: PositiveInt = Field(4, description="pairs per device and micro-batch")
+    accumulation: PositiveInt = Field(1, description="micro-batches per step")
+    seed: int = 2025
+    resume: str | None = Field(None, description='"latest", or the folder of a checkpoint')
+    checkpoint_every: PositiveInt = 500
+    checkpoints_total_limit: PositiveInt | None = 3
+
+
+class ValidationSection(Section):
+    """Held-out pairs and unseen users, looked at with fixed noise, and image grids."""
+
+    every: NonNegativeInt = Field(500, description="steps; 0: never")
+    pairs: PositiveInt = Field(64, description="pairs of each kind")
+    held_out: Share = Field(0.02, description="share of the training pairs that are held out, if there is no `seen`")
+    unseen_users: Share = Field(0.05, description="share of the users kept out of training, if there is no `unseen`")
+    seen: Path | None = Field(None, description="held-out pairs of training users: a split of its own")
+    unseen: Path | None = Field(None, description="pairs of users that training never sees: a split of its own")
+    grid_every: NonNegativeInt = Field(1000, description="steps; 0: no image grids")
+    grid_prompts: tuple[str, ...] = ("a photo of a city street", "a portrait of a person", "a war scene")
+    grid_users: tuple[str, ...] = Field(
+        (), description="User_IDs of the columns; by default the levels L0 to L5 where the encoder can make them"
+    )
+    grid_steps: PositiveInt = 20
+    grid_guidance_scale: NonNegativeFloat = 7.5
+
+
+class TrackingSection(Section):
+    """Where curves go besides ``metrics.jsonl`` in the output folder."""
+
+    trackers: tuple[str, ...] = Field(("tensorboard",), description="accelerate's names: tensorboard, wandb, ...")
+    project: str = "psa"
+    every: PositiveInt = Field(10, description="steps")
+
+
+class TrainConfig(Section):
+    """A whole training run."""
+
+    model: ModelSection
+    data: DataSection
+    adapter: AdapterSection = AdapterSection()
+    loss: LossSection = LossSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    run: RunSection = RunSection()
+    validation: ValidationSection = ValidationSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _check_null(self) -> TrainConfig:
+        if self.adapter.null == "none" and self.loss.user_dropout > 0:
+            raise ValueError(
+                'loss.user_dropout trains the null user, and adapter.null = "none" has none: set '
+                'loss.user_dropout = 0, or adapter.null = "zero_embedding"'
+            )
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a TOML configuration; each override is ``section.key=value`` and wins over the file.
+
+    ``path`` may also be the name of a ready configuration in ``configs/``.
+
+    Raises:
+        TrainingError: the file is missing or no TOML, or a key or value is wrong; every problem is named.
+    """
+    values = _read_toml(path)
+    for override in overrides:
+        _override(values, override)
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_problem(details)}" for details in error.errors())
+        raise TrainingError(f"{path} is not a training configuration:\n{problems}") from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    ready = CONFIGS / f"{path.stem}.toml"
+    if not path.is_file() and path.parent == Path() and ready.is_file():
+        path = ready
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        names = ", ".join(sorted(config.stem for config in CONFIGS.glob("*.toml")))
+        raise TrainingError(f"There is no configuration {path}. Name a TOML file, or one of {names}.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise TrainingError(f"{path} cannot be read as TOML ({error}). Correct it and try again.") from None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, name = key.strip().split(".")
+    if not equals or not name:
+        raise TrainingError(f'--set {override}: expected section.key=value, for example "run.steps=100".')
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise TrainingError(f"--set {override}: {section} is a value and no section.")
+    values[name] = _toml_value(text.strip())
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a string without quotes
+
+
+def _problem(details: Mapping[str, Any]) -> str:
+    location = tuple(part for part in details["loc"] if isinstance(part, str))
+    key = ".".join(location)
+    if details["type"] == "extra_forbidden":
+        known = _keys_beside(location)
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        elsewhere = [other for other in _all_keys() if other.rsplit(".", 1)[-1] == location[-1]]
+        hint = f" Did you mean {'.'.join((*location[:-1], near[0]))}?" if near else ""
+        hint = hint or (f" Did you mean {elsewhere[0]}?" if elsewhere else f" Known here: {', '.join(known)}.")
+        return f"{key}: there is no such key.{hint}"
+    if details["type"] == "missing":
+        return f"{key}: is missing; it has to be stated."
+    message = str(details["msg"]).removeprefix("Value error, ")
+    return f"{key}: {message} (found {details['input']!r})." if key else f"{message}."
+
+
+def _section_at(location: Sequence[str]) -> type[BaseModel]:
+    section: type[BaseModel] = TrainConfig
+    for name in location:
+        section = _section_type(section.model_fields[name].annotation) or section
+    return section
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _keys_beside(location: Sequence[str]) -> list[str]:
+    return list(_section_at(location[:-1]).model_fields)
+
+
+def _all_keys(section: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        inner = _section_type(field.annotation)
+        if inner is None:
+            yield f"{prefix}{name}"
+        else:
+            yield from _all_keys(inner, f"{prefix}{name}.")

@@ -1,0 +1,73 @@
+"""From cached pairs and draws to batches: which pairs a step sees on which rank, with what noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..data.cached import CachedPairs, CachedRow
+from .denoising import PairBatch
+from .draws import Draw, Draws
+
+
+class Batches:
+    """The pairs of one split as batches.
+
+    Sample ``n`` of a run is pair ``order[n % rows]`` of epoch ``n // rows``, whoever computes it.
+    """
+
+    def __init__(self, cached: CachedPairs, indices: Sequence[int], draws: Draws, resolution: int) -> None:
+        """Use the pairs ``indices`` of a cache; ``resolution`` is the size of the images in pixels."""
+        self.indices = tuple(indices)
+        self._cached = cached
+        self._draws = draws
+        self._resolution = resolution
+        self._epoch = -1
+        self._order = torch.empty(0, dtype=torch.long)
+
+    def training(self, first: int, size: int) -> PairBatch:
+        """Return the samples ``first`` to ``first + size - 1`` of the run."""
+        samples = range(first, first + size)
+        rows = [self._cached.row(self._index(sample)) for sample in samples]
+        draws = [self._draws.draw(sample, row.chosen.shape) for sample, row in zip(samples, rows, strict=True)]
+        return self._batch(rows, draws)
+
+    def fixed(self, positions: Sequence[int], timestep: int) -> PairBatch:
+        """Return pairs of the split at ``timestep`` with noise of their own that never changes; nothing is dropped."""
+        rows = [self._cached.row(self.indices[position]) for position in positions]
+        draws = []
+        for row in rows:
+            noise = torch.randn(row.chosen.shape, generator=self._draws.generator("validation", row.row))
+            draws.append(Draw(noise, timestep, prompt_dropped=False, user_dropped=False))
+        return self._batch(rows, draws)
+
+    def _index(self, sample: int) -> int:
+        epoch, position = divmod(sample, len(self.indices))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._draws.order(epoch, len(self.indices))
+        return self.indices[int(self._order[position])]
+
+    def _batch(self, rows: Sequence[CachedRow], draws: Sequence[Draw]) -> PairBatch:
+        texts = [
+            self._cached.text("" if draw.prompt_dropped else row.caption) for row, draw in zip(rows, draws, strict=True)
+        ]
+        pooled = [text.pooled for text in texts if text.pooled is not None]
+        return PairBatch(
+            rows=tuple(row.row for row in rows),
+            chosen=torch.stack([row.chosen for row in rows]).float(),
+            rejected=torch.stack([row.rejected for row in rows]).float(),
+            noise=torch.stack([draw.noise for draw in draws]),
+            timesteps=torch.tensor([draw.timestep for draw in draws]),
+            text=torch.stack([text.hidden for text in texts]),
+            embedding=torch.stack([self._cached.user(row.user_id) for row in rows]),
+            dropped=torch.tensor([draw.user_dropped for draw in draws]),
+            pooled=torch.stack(pooled) if pooled else None,
+            time_ids=torch.stack([self._time_ids(row) for row in rows]) if pooled else None,
+        )
+
+    def _time_ids(self, row: CachedRow) -> Tensor:
+        """SDXL's micro-conditioning: original size, top left corner of the crop, target size (arXiv 2307.01952)."""
+        target = (self._resolution, self._resolution)
+        return torch.tensor([*row.crop.original_size, *row.crop.top_left, *target], dtype=torch.float32)

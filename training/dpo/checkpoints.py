@@ -1,0 +1,165 @@
+"""Checkpoints: the full state of a run and the adapter as it is now, written aside and renamed when whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
+from ...adapter import AdapterError, PSAAdapter, save_adapter
+from ...safe_files import DAMAGE
+from ..config import TrainConfig
+from ..errors import TrainingError
+
+ADAPTER = "adapter.safetensors"
+_FOLDER = "checkpoints"
+_STATE = "state.json"
+
+# What has to stay the same between the two halves of a run.
+_FIXED = ("model", "data", "adapter")
+
+
+class Progress(NamedTuple):
+    """How far a run is: optimizer steps, and samples (pairs) over all ranks."""
+
+    step: int = 0
+    samples: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of one run, in ``<output>/checkpoints/step-000500``."""
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig) -> None:
+        """Keep checkpoints in the output folder of ``config``."""
+        self._accelerator = accelerator
+        self._config = config
+        self._folder = config.run.output / _FOLDER
+
+    def save(self, progress: Progress, adapter: PSAAdapter | None) -> Path:
+        """Save the state of every rank and ``adapter`` (the main rank's); then remove the oldest ones.
+
+        Raises:
+            TrainingError: it cannot be written; earlier checkpoints are as they were.
+        """
+        target = self._folder / f"step-{progress.step:06d}"
+        aside = self._folder / f".{target.name}.partial"
+        main = self._accelerator.is_main_process
+        try:
+            if main:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            self._accelerator.wait_for_everyone()
+            self._accelerator.save_state(str(aside))
+            self._accelerator.wait_for_everyone()
+            if main and adapter is not None:
+                save_adapter(adapter, aside / ADAPTER)
+                state = {**progress._asdict(), "config": self._config.model_dump(mode="json")}
+                (aside / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+                _sync(aside)
+                shutil.rmtree(target, ignore_errors=True)
+                aside.rename(target)
+                _sync(self._folder)
+                self._prune()
+        except (OSError, RuntimeError, SafetensorError, AdapterError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            last = self.latest()
+            kept = f"The checkpoint {last} is whole" if last else "There is no earlier checkpoint"
+            raise TrainingError(
+                f"The checkpoint of step {progress.step} cannot be written to {self._folder} "
+                f"({_first_line(error)}). {kept}. Make room there and run the same command with --set run.resume=latest."
+            ) from None
+        self._accelerator.wait_for_everyone()
+        return target
+
+    def latest(self) -> Path | None:
+        """Return the newest whole checkpoint, if there is one."""
+        return max((path.parent for path in self._folder.glob(f"step-*/{_STATE}")), default=None, key=_step)
+
+    def resume(self) -> Progress:
+        """Load the checkpoint that the configuration names into everything that accelerate holds.
+
+        Raises:
+            TrainingError: there is none, it is damaged, or it was made with another model, data or adapter; or
+                the output folder holds a run that this one would overwrite.
+        """
+        wish = self._config.run.resume
+        if wish is None:
+            if (last := self.latest()) is not None:
+                raise TrainingError(
+                    f"{self._config.run.output} already holds a run ({last.name}). Go on with it by --set "
+                    "run.resume=latest, or choose another folder: run.output."
+                )
+            return Progress()
+        folder = self.latest() if wish == "latest" else Path(wish)
+        if folder is None:
+            raise TrainingError(
+                f"There is no checkpoint in {self._folder} to go on from. Leave run.resume out to start a new run."
+            )
+        state = _read_state(folder)
+        self._check(state["config"], folder)
+        try:
+            self._accelerator.load_state(str(folder))
+        except DAMAGE as error:
+            raise _damaged(folder, error) from None
+        return Progress(state["step"], state["samples"])
+
+    def _check(self, found: dict[str, Any], folder: Path) -> None:
+        try:
+            before = TrainConfig.model_validate(found)
+        except ValidationError as error:
+            raise _damaged(folder, error) from None
+        for section in _FIXED:
+            old, new = getattr(before, section), getattr(self._config, section)
+            for name in type(old).model_fields:
+                if (was := getattr(old, name)) != (now := getattr(new, name)):
+                    raise TrainingError(
+                        f"{folder} was made with {section}.{name} = {was}, but the configuration says {now}. Resume "
+                        "with the same model, data and adapter, or start a new run in another run.output."
+                    )
+
+    def _prune(self) -> None:
+        limit = self._config.run.checkpoints_total_limit
+        if limit is not None:
+            for path in sorted(self._folder.glob("step-*"), key=_step)[:-limit]:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        return {"step": int(state["step"]), "samples": int(state["samples"]), "config": dict(state["config"])}
+    except FileNotFoundError:
+        raise TrainingError(f"{folder} is not a whole checkpoint: {_STATE} is missing. Choose another one.") from None
+    except DAMAGE as error:
+        raise _damaged(folder, error) from None
+
+
+def _damaged(folder: Path, error: Exception) -> TrainingError:
+    return TrainingError(
+        f"The checkpoint {folder} cannot be read ({_first_line(error)}). It is damaged or from another version: "
+        "resume from an earlier one, run.resume = its folder."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder's files and entries onto the disk before it is renamed."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

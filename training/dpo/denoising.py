@@ -1,0 +1,71 @@
+"""Denoising errors of pairs: both images of a pair with the same noise at the same timestep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from ..errors import TrainingError
+from .loss import PairErrors
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """A batch of ``n`` pairs, everything drawn: what one call of the UNet needs.
+
+    ``chosen``, ``rejected`` and ``noise`` are latents ``[n, channels, height, width]`` in float32,
+    ``timesteps`` is ``[n]``, ``text`` is ``[n, tokens, dim]``; ``pooled`` ``[n, dim]`` and ``time_ids``
+    ``[n, 6]`` are SDXL's and None elsewhere. ``embedding`` ``[n, dim]`` are user embeddings, ``dropped``
+    ``[n]`` says who is the null user instead. ``rows`` are the rows of the data set, for messages.
+    """
+
+    rows: tuple[int, ...]
+    chosen: Tensor
+    rejected: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    text: Tensor
+    embedding: Tensor
+    dropped: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def to(self, device: torch.device) -> PairBatch:
+        """Return the batch on ``device``."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return PairBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
+def pair_errors(unet: UNet2DConditionModel, scheduler: DDPMScheduler, batch: PairBatch) -> PairErrors:
+    """Run the UNet once on chosen and rejected images together and return their errors."""
+    latents = torch.cat((batch.chosen, batch.rejected))
+    noise = batch.noise.repeat(2, 1, 1, 1)
+    timesteps = batch.timesteps.repeat(2)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    predicted = unet(noisy.to(unet.dtype), timesteps, batch.text.to(unet.dtype).repeat(2, 1, 1), **_added(unet, batch))
+    target = prediction_target(scheduler, latents, noise, timesteps)
+    errors = (predicted.sample.float() - target).square().mean(dim=(1, 2, 3))
+    return PairErrors(*errors.chunk(2))
+
+
+def prediction_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Return what the UNet should predict, by the scheduler's prediction type."""
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    if kind == "sample":
+        return latents
+    raise TrainingError(f'The base model predicts "{kind}"; expected epsilon, v_prediction or sample.')
+
+
+def _added(unet: UNet2DConditionModel, batch: PairBatch) -> dict[str, Any]:
+    if batch.pooled is None or batch.time_ids is None:
+        return {}
+    pooled, time_ids = batch.pooled.to(unet.dtype).repeat(2, 1), batch.time_ids.to(unet.dtype).repeat(2, 1)
+    return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}

@@ -1,0 +1,110 @@
+"""What a run writes down: numbers per pair, their means, and ``metrics.jsonl``, one line per logged step."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...adapter import PSAAdapter
+from ...safe_files import replacing
+from .denoising import PairBatch
+from .loss import DPOLoss, PairErrors
+
+METRICS = "metrics.jsonl"
+QUARTERS = 4
+
+
+class PairRecords(NamedTuple):
+    """What is noted of each pair, ``[pairs]`` each; errors are with the adapter, less those of the reference."""
+
+    row: Tensor
+    timestep: Tensor
+    loss: Tensor
+    accuracy: Tensor
+    margin: Tensor
+    chosen_error: Tensor
+    rejected_error: Tensor
+    reference_error: Tensor
+
+    @classmethod
+    def of(cls, batch: PairBatch, model: PairErrors, reference: PairErrors, result: DPOLoss) -> PairRecords:
+        """Collect them from one micro-batch."""
+        return cls(
+            row=torch.tensor(batch.rows, dtype=torch.float64, device=result.loss.device),
+            timestep=batch.timesteps,
+            loss=result.loss.detach(),
+            accuracy=result.accuracy,
+            margin=result.margin,
+            chosen_error=model.chosen.detach() - reference.chosen,
+            rejected_error=model.rejected.detach() - reference.rejected,
+            reference_error=(reference.chosen + reference.rejected) / 2,
+        )
+
+    def table(self) -> Tensor:
+        """Return ``[pairs, columns]`` in float64, in which row numbers stay exact."""
+        return torch.stack([column.double() for column in self], dim=1)
+
+
+def summarise(table: Tensor, timesteps: int) -> dict[str, float]:
+    """Return the means over a table of records; errors also per quarter of the ``timesteps``."""
+    records = PairRecords(*table.unbind(dim=1))
+    values = {
+        "loss": float(records.loss.mean()),
+        "implicit_accuracy": float(records.accuracy.mean()),
+        "margin": float(records.margin.mean()),
+        "chosen_error": float(records.chosen_error.mean()),
+        "rejected_error": float(records.rejected_error.mean()),
+    }
+    quarter = (records.timestep * QUARTERS / timesteps).floor()
+    for i in range(QUARTERS):
+        inside = quarter == i
+        if bool(inside.any()):
+            values[f"chosen_error/quarter{i + 1}"] = float(records.chosen_error[inside].mean())
+            values[f"rejected_error/quarter{i + 1}"] = float(records.rejected_error[inside].mean())
+    return values
+
+
+@torch.no_grad()
+def adapter_norms(adapter: PSAAdapter) -> dict[str, float]:
+    """Return the norms of the projection and of all user values."""
+    values = sum(float(parameter.double().square().sum()) for parameter in adapter.sites.parameters())
+    return {
+        "adapter/projection_norm": float(adapter.user_proj.proj.weight.double().norm()),
+        "adapter/values_norm": math.sqrt(values),
+    }
+
+
+class MetricsFile:
+    """``metrics.jsonl``: curves that survive interruptions and name each step once."""
+
+    def __init__(self, output: Path, resumed_step: int) -> None:
+        """Open the file in ``output``; what an interrupted run noted after ``resumed_step`` is taken back."""
+        self._path = output / METRICS
+        kept = [line for line in read_metrics(output) if line["step"] <= resumed_step]
+        with replacing(self._path) as aside:
+            aside.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one line."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def read_metrics(output: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's ``metrics.jsonl``; a last line that was cut off by a kill is left out."""
+    path = output / METRICS
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

@@ -1,0 +1,229 @@
+"""The training loop: Diffusion-DPO of an adapter on a frozen UNet, on any number of ranks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from PIL.Image import Image
+from torch import Tensor
+
+from ...adapter import PSAAdapter
+from ..config import TrainConfig
+from ..errors import TrainingError
+from .batches import Batches
+from .checkpoints import Checkpoints, Progress
+from .denoising import PairBatch
+from .loss import diffusion_dpo_loss
+from .metrics import MetricsFile, PairRecords, adapter_norms, summarise
+from .optimizers import make_optimizer, make_schedule
+from .policy import Policy
+from .signals import StopSignals
+from .trainable import UserVectors
+from .validation import Validation
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step reports: progress, means over its pairs on all ranks, pairs per second."""
+
+    progress: Progress
+    values: dict[str, float]
+
+
+class Trainer:
+    """One training run. ``steps()`` is the loop; the rest is what it needs."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        policy: Policy,
+        adapter: PSAAdapter,
+        batches: Batches,
+        validation: Validation,
+    ) -> None:
+        """Prepare the adapter for training and load the checkpoint that the configuration names."""
+        self.config = config
+        self.accelerator = accelerator
+        self.policy = policy
+        self.adapter_config = adapter.config
+        self._batches = batches
+        self._validation = validation
+        section = config.optimizer
+        vectors = UserVectors(adapter.to(accelerator.device))
+        optimizer = make_optimizer(vectors.parameters(), section, accelerator.device)
+        self.vectors, self._optimizer = accelerator.prepare(vectors, optimizer)
+        # Not prepared: accelerate would step it once per rank.
+        self._schedule = make_schedule(optimizer, section, config.run.steps)
+        self._ema = EMAModel(self._parameters(), decay=section.ema_decay) if section.ema_decay else None
+        accelerator.register_for_checkpointing(self._schedule, *([self._ema] if self._ema else []))
+        self._checkpoints = Checkpoints(accelerator, config)
+        self.progress = self._checkpoints.resume()
+        self._metrics = None
+        if accelerator.is_main_process:
+            self._metrics = MetricsFile(config.run.output, self.progress.step)
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs of one optimizer step, over all ranks and micro-batches."""
+        return self.config.run.batch_size * self.config.run.accumulation * self.accelerator.num_processes
+
+    def steps(self, stop: StopSignals) -> Iterator[StepReport]:
+        """Train to the end, or until ``stop`` has received a signal; yield a report after each step.
+
+        Raises:
+            TrainingError: a number is no longer finite, or a checkpoint cannot be written.
+        """
+        run, tracking = self.config.run, self.config.tracking
+        tables: list[Tensor] = []
+        started, counted = time.perf_counter(), 0
+        stopped = False
+        if self.progress.step == 0:
+            self._validate()
+        while self.progress.step < run.steps and not stopped:
+            table, norm, stopped = self._step(stop)
+            tables.append(table)
+            counted += len(table)
+            self.progress = Progress(self.progress.step + 1, self.progress.samples + self.pairs_per_step)
+            step = self.progress.step
+            speed = counted / (time.perf_counter() - started)
+            values = summarise(table, self._timesteps) | {"gradient_norm": norm, "pairs_per_second": speed}
+            if step % tracking.every == 0:
+                self._log(step, summarise(torch.cat(tables), self._timesteps) | self._state_values(norm, speed))
+                tables.clear()
+                started, counted = time.perf_counter(), 0
+            last = step == run.steps or stopped
+            if last or step % run.checkpoint_every == 0:
+                self._checkpoints.save(self.progress, self.adapter())
+            if self.config.validation.every and (step % self.config.validation.every == 0 or step == run.steps):
+                self._validate()
+            yield StepReport(self.progress, values)
+
+    def adapter(self) -> PSAAdapter | None:
+        """Return a copy of the adapter as it would be used (the moving average, if there is one); main rank only."""
+        with self.averaged():
+            state = self.accelerator.get_state_dict(self.vectors)
+        if not self.accelerator.is_main_process:
+            return None
+        adapter = PSAAdapter(self.adapter_config)
+        adapter.load_state_dict({name.removeprefix("adapter."): value for name, value in state.items()})
+        return adapter.requires_grad_(False).eval()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block the weights are those of the moving average, if there is one."""
+        if self._ema is None:
+            yield
+            return
+        self._ema.store(self._parameters())
+        self._ema.copy_to(self._parameters())
+        try:
+            yield
+        finally:
+            self._ema.restore(self._parameters())
+
+    def log_image(self, name: str, image: Image) -> None:
+        """Give an image to the trackers that take images."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name in ("tensorboard", "wandb"):
+                pixels = [image] if tracker.name == "wandb" else np.asarray(image.convert("RGB"))[None]
+                tracker.log_images({name: pixels}, step=self.progress.step)
+
+    def _step(self, stop: StopSignals) -> tuple[Tensor, float, bool]:
+        """One optimizer step; return the records of its pairs, the gradient norm and whether to stop."""
+        tables = []
+        norm = torch.zeros(())
+        for micro in range(self.config.run.accumulation):
+            batch = self._batch(micro).to(self.accelerator.device)
+            with self.accelerator.accumulate(self.vectors):
+                tables.append(self._micro_batch(batch))
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self._parameters(), self.config.optimizer.max_grad_norm)
+                    table, stopped = self._gather(torch.cat(tables), stop)
+                    self._check_finite(table, float(norm))
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+        self._schedule.step()
+        if self._ema is not None:
+            self._ema.step(self._parameters())
+        return table, float(norm), stopped
+
+    def _micro_batch(self, batch: PairBatch) -> Tensor:
+        reference = self.policy.reference_errors(batch)
+        with self.policy.errors(self.vectors, batch) as model:
+            result = diffusion_dpo_loss(model, reference, self.config.loss.beta)
+            self.accelerator.backward(result.loss.mean())
+        return PairRecords.of(batch, model, reference, result).table()
+
+    def _batch(self, micro: int) -> PairBatch:
+        """The pairs of this rank: ranks and micro-batches divide a step's pairs among them, in order."""
+        size = self.config.run.batch_size
+        place = micro * self.accelerator.num_processes + self.accelerator.process_index
+        return self._batches.training(self.progress.samples + place * size, size)
+
+    def _gather(self, table: Tensor, stop: StopSignals) -> tuple[Tensor, bool]:
+        """Collect all ranks' records, and whether any rank was told to stop."""
+        told = torch.full((len(table), 1), float(stop.received is not None), dtype=table.dtype, device=table.device)
+        gathered = self.accelerator.gather(torch.cat((table, told), dim=1)).cpu()
+        return gathered[:, :-1], bool(gathered[:, -1].any())
+
+    def _check_finite(self, table: Tensor, norm: float) -> None:
+        records = PairRecords(*table.unbind(dim=1))
+        if bool(table.isfinite().all()) and math.isfinite(norm):
+            return
+        bad = ~table.isfinite().all(dim=1)
+        rows = sorted({int(row) for row in records.row[bad]}) or sorted({int(row) for row in records.row})
+        named = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        if not bool(records.reference_error.isfinite().all()):
+            likely = f'the base model itself gives no numbers with model.dtype = "{self.config.model.dtype}" (or the '
+            likely += "cached latents of these rows are damaged): try bf16 or fp32"
+        elif self.config.model.dtype == "fp16":
+            likely = 'model.dtype = "fp16" overflows: use bf16 or fp32'
+        else:
+            likely = f"optimizer.learning_rate = {self.config.optimizer.learning_rate:g} is too high, or loss.beta"
+        last = self._checkpoints.latest()
+        raise TrainingError(
+            f"Step {self.progress.step + 1} gave numbers that are not finite (rows {named} of the training data). "
+            f"Most likely {likely}. Nothing of this step was kept; "
+            + (f"the last checkpoint is {last}." if last else "there is no checkpoint yet.")
+        )
+
+    def _validate(self) -> None:
+        if not self.config.validation.every:
+            return
+        with self.averaged():
+            values = self._validation.run(self.policy, self.vectors, self.config.loss.beta)
+        if values:
+            self._log(self.progress.step, values)
+
+    def _state_values(self, norm: float, speed: float) -> dict[str, float]:
+        values = {
+            "gradient_norm": norm,
+            "learning_rate": float(self._schedule.get_last_lr()[0]),
+            "pairs_per_second": speed,
+        }
+        adapter = self.accelerator.unwrap_model(self.vectors).adapter
+        values |= adapter_norms(adapter)
+        if self.accelerator.device.type == "cuda":
+            values["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return values
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        self.accelerator.log(values, step=step)
+        if self._metrics is not None:
+            self._metrics.write(step, values)
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.vectors.parameters())
+
+    @property
+    def _timesteps(self) -> int:
+        return int(self.policy.scheduler.config.num_train_timesteps)

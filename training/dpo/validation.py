@@ -1,0 +1,55 @@
+"""Held-out pairs and unseen users, each looked at with the same noise every time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from .batches import Batches
+from .loss import diffusion_dpo_loss
+from .metrics import QUARTERS, PairRecords, summarise
+from .policy import Policy
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What to look at: named splits, at most ``pairs`` of each, in batches of ``batch_size`` per rank."""
+
+    accelerator: Accelerator
+    splits: dict[str, Batches]
+    pairs: int
+    batch_size: int
+
+    @torch.no_grad()
+    def run(self, policy: Policy, vectors: nn.Module, beta: float) -> dict[str, float]:
+        """Return loss, implicit accuracy, margin and errors of each split, as ``seen/loss`` and so on."""
+        timesteps = int(policy.scheduler.config.num_train_timesteps)
+        model = self.accelerator.unwrap_model(vectors)
+        values: dict[str, float] = {}
+        for name, batches in self.splits.items():
+            table = self._table(policy, model, batches, beta, timesteps)
+            if len(table):
+                values |= {f"{name}/{key}": value for key, value in summarise(table, timesteps).items()}
+        return values
+
+    def _table(self, policy: Policy, model: nn.Module, batches: Batches, beta: float, timesteps: int) -> Tensor:
+        """Every pair once in the middle of each quarter of the timesteps; ranks take turns."""
+        positions = range(min(self.pairs, len(batches.indices)))
+        work = [
+            (positions[start : start + self.batch_size], timesteps * (2 * quarter + 1) // (2 * QUARTERS))
+            for quarter in range(QUARTERS)
+            for start in range(0, len(positions), self.batch_size)
+        ]
+        tables: list[list[list[float]]] = []
+        for chunk, timestep in work[self.accelerator.process_index :: self.accelerator.num_processes]:
+            batch = batches.fixed(chunk, timestep).to(self.accelerator.device)
+            reference = policy.reference_errors(batch)
+            with policy.errors(model, batch) as errors:
+                result = diffusion_dpo_loss(errors, reference, beta)
+            tables.append(PairRecords.of(batch, errors, reference, result).table().tolist())
+        gathered = [row for table in gather_object(tables) for row in table]
+        return torch.tensor(gathered, dtype=torch.float64)
