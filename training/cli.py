@@ -12,17 +12,21 @@ from rich.console import Console
 from ..adapter import AdapterError
 from ..profiles import EncoderError, ProfileError
 from .adapter_commands import convert
-from .errors import ComfyUIError
+from .errors import ComfyUIError, TrainingError
 from .profile_commands import profile_app, users
+from .synthetic_commands import synthetic
+from .train_commands import train
 
 app = typer.Typer(
-    help="Personalized Safety Alignment: adapters, profiles and the demo.",
+    help="Personalized Safety Alignment: adapters, profiles, training and the demo.",
     no_args_is_help=True,
     # A traceback with local variables would print profiles.
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(profile_app, name="profile")
 app.command()(convert)
+app.command()(synthetic)
+app.command()(train)
 app.command()(users)
 
 
@@ -43,6 +47,6 @@ def main() -> None:
     """Run the command; an error of ours is a sentence on stderr and exit code 1."""
     try:
         app()
-    except (AdapterError, ProfileError, EncoderError, ComfyUIError) as error:
+    except (AdapterError, ProfileError, EncoderError, ComfyUIError, TrainingError) as error:
         Console(stderr=True, soft_wrap=True).print(f"psa: {error}", style="red", markup=False, highlight=False)
         sys.exit(1)

@@ -1,0 +1,165 @@
+"""What a run trains on and looks at: caches opened, pairs split, an adapter made for the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+from accelerate import PartialState
+from rich.progress import Progress
+from torch import Tensor
+
+from ..adapter import AdapterConfig, PSAAdapter, find_sites
+from ..profiles import Profile, levels
+from .base import BaseModel
+from .config import TrainConfig
+from .data.cache import build_cache
+from .data.cached import CachedPairs
+from .data.split import split_pairs
+from .data.users import encoder_spec, load_user_embedding
+from .dpo.batches import Batches
+from .dpo.draws import Draws
+from .dpo.trainable import standardise
+from .errors import DataError
+
+ATTRIBUTES_DIM = 37
+SEEN, UNSEEN = "seen", "unseen"
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Batches to train on, batches to look at by name, and users for the columns of image grids."""
+
+    cached: CachedPairs
+    train: Batches
+    validation: Mapping[str, Batches]
+    grid_users: Mapping[str, Tensor]
+
+    @property
+    def users(self) -> tuple[str, ...]:
+        """The ids of the users that are trained on."""
+        return tuple(sorted({self.cached.row_users[i] for i in self.train.indices}))
+
+
+def prepare_data(
+    config: TrainConfig, base: BaseModel, state: PartialState, draws: Draws, progress: Progress | None
+) -> TrainingData:
+    """Open the caches of all splits, computing what is missing, and split off what is only looked at.
+
+    Raises:
+        DataError: a source cannot be used, or a split of unseen users holds users of the training data.
+    """
+    validation = config.validation
+    captions = validation.grid_prompts if validation.grid_every else ()
+
+    def cache(source: str | None, *, extra: bool = False) -> CachedPairs:
+        path = config.data.train if source is None else getattr(validation, source)
+        profiles = _grid_profiles(config) if extra else {}
+        return build_cache(config, path, base, captions if extra else (), profiles, state, progress)
+
+    cached = cache(None, extra=True)
+    looking = validation.every > 0
+    split = split_pairs(
+        cached.row_users,
+        validation.held_out if looking and validation.seen is None else 0,
+        validation.unseen_users if looking and validation.unseen is None else 0,
+        draws.generator("split", 0),
+    )
+    train = Batches(cached, split.train, draws, config.data.resolution)
+    batches = {}
+    for name, indices in ((SEEN, split.seen), (UNSEEN, split.unseen)):
+        if looking and getattr(validation, name) is not None:
+            other = cache(name)
+            batches[name] = Batches(other, range(len(other)), draws, config.data.resolution)
+        elif indices:
+            batches[name] = Batches(cached, indices, draws, config.data.resolution)
+    data = TrainingData(cached, train, batches, dict(_grid_users(config, cached)))
+    if looking and validation.unseen is not None:
+        _check_unseen(set(data.users), set(cache(UNSEEN).users), config)
+    return data
+
+
+def make_adapter(config: TrainConfig, base: BaseModel, data: TrainingData) -> PSAAdapter:
+    """Return an untrained adapter for the base model and the users' embeddings.
+
+    Raises:
+        DataError: the embeddings cannot come from the encoder that the configuration names.
+        AdapterError: the base model has no cross-attention layers.
+    """
+    embeddings = torch.stack([data.cached.user(user) for user in data.users])
+    dim = embeddings.shape[1]
+    spec = encoder_spec(config.data.encoder)
+    if spec.kind == "attributes" and dim != ATTRIBUTES_DIM:
+        raise DataError(
+            f"The user embeddings have {dim} numbers, but data.encoder says {spec.name}, which gives {ATTRIBUTES_DIM}. "
+            "State in [data.encoder] what made them: kind, name, and the template."
+        )
+    sites = find_sites(base.empty_unet())
+    adapter = PSAAdapter(
+        AdapterConfig(
+            hidden_sizes=tuple(site.hidden_size for site in sites),
+            cross_attention_dim=sites[0].cross_attention_dim,
+            embedding_dim=dim,
+            null=config.adapter.null,
+            encoder=spec,
+            training=_history(config, base, data),
+        )
+    )
+    if config.adapter.standardise:
+        standardise(adapter, embeddings)
+    return adapter
+
+
+def seeded(adapter: PSAAdapter, draws: Draws) -> PSAAdapter:
+    """Draw the projection's first weights from the run's seed, as ``torch.nn.Linear`` draws them."""
+    linear = adapter.user_proj.proj
+    bound = linear.in_features**-0.5
+    generator = draws.generator("weights", 0)
+    for parameter in (linear.weight, linear.bias):
+        torch.nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    return adapter
+
+
+def _history(config: TrainConfig, base: BaseModel, data: TrainingData) -> dict[str, str | int | float]:
+    """How the adapter was made, for its file: settings and sizes, no paths and no people."""
+    return {
+        "method": "Diffusion-DPO",
+        "base_model": config.model.base.name,
+        "prediction_type": base.prediction_type,
+        "resolution": config.data.resolution,
+        "pairs": len(data.train.indices),
+        "users": len(data.users),
+        "beta": config.loss.beta,
+        "learning_rate": config.optimizer.learning_rate,
+        "user_dropout": config.loss.user_dropout,
+        "prompt_dropout": config.loss.prompt_dropout,
+        "steps": config.run.steps,
+        "seed": config.run.seed,
+        "version": version("personalized-safety-alignment"),
+    }
+
+
+def _grid_profiles(config: TrainConfig) -> dict[str, Profile]:
+    if not config.validation.grid_every or config.validation.grid_users or config.data.embeddings is not None:
+        return {}
+    return {level.id: level.profile for level in levels()}
+
+
+def _grid_users(config: TrainConfig, cached: CachedPairs) -> Iterator[tuple[str, Tensor]]:
+    if not config.validation.grid_every:
+        return
+    for name in _grid_profiles(config):
+        yield name, cached.user(name)
+    for name in config.validation.grid_users:
+        folder = config.data.embeddings
+        yield name, load_user_embedding(folder, name) if folder is not None else cached.user(name)
+
+
+def _check_unseen(training: set[str], unseen: set[str], config: TrainConfig) -> None:
+    if both := sorted(training & unseen):
+        raise DataError(
+            f"{len(both)} users of {config.validation.unseen} are also in {config.data.train} (the first is "
+            f"{both[0]}), so they are not unseen. Choose another split for validation.unseen."
+        )

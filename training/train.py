@@ -1,0 +1,208 @@
+"""``psa train``: the recipe of a run, from a configuration to an adapter file, read from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..adapter import save_adapter
+from ..safe_files import replacing
+from .base import BaseModel, open_base
+from .config import TrainConfig
+from .dpo.draws import Draws
+from .dpo.grids import draw_grid
+from .dpo.plan import Plan, plan
+from .dpo.policy import DTYPES, Policy, configure_unet
+from .dpo.report import write_report
+from .dpo.signals import StopSignals
+from .dpo.trainer import StepReport, Trainer
+from .dpo.validation import Validation
+from .errors import TrainingError
+from .preparation import TrainingData, make_adapter, prepare_data, seeded
+
+logger = logging.getLogger(__name__)
+
+
+class StoppedError(TrainingError):
+    """A signal ended the run early; it can go on from its last checkpoint.
+
+    ``signal`` is the signal's number, ``speaks`` says whether this rank is the one that tells people.
+    """
+
+    def __init__(self, message: str, signal: int, speaks: bool) -> None:
+        """Keep what the command needs to end."""
+        super().__init__(message)
+        self.signal = signal
+        self.speaks = speaks
+
+
+def dry_run(config: TrainConfig) -> Plan:
+    """Return what a run would be, without loading a weight or reading a pair."""
+    return plan(config, open_base(config.model.base, config.model.prediction_type), ranks=1, embedding_dim=None)
+
+
+def train(config: TrainConfig, console: Console) -> Path:
+    """Train an adapter and return its file.
+
+    Raises:
+        TrainingError, DataError, BaseModelError, AdapterError, EncoderError: what is wrong, and what to do.
+        StoppedError: SIGINT or SIGTERM came; the last step is saved.
+    """
+    accelerator = _make_accelerator(config)
+    base = open_base(config.model.base, config.model.prediction_type)
+    scheduler = base.noise_scheduler()
+    draws = Draws(
+        seed=config.run.seed,
+        timesteps=scheduler.config.num_train_timesteps,
+        prompt_dropout=config.loss.prompt_dropout,
+        user_dropout=config.loss.user_dropout,
+        noise_offset=config.loss.noise_offset,
+    )
+    with _progress(console, accelerator) as progress:
+        data = prepare_data(config, base, accelerator.state, draws, progress)
+        adapter = seeded(make_adapter(config, base, data), draws)
+
+        unet = base.unet(DTYPES[config.model.dtype]).to(accelerator.device)
+        configure_unet(unet, config.model)
+        policy = Policy(unet, scheduler, adapter)
+        if config.model.compile:
+            unet.compile()
+
+        validation = Validation(accelerator, dict(data.validation), config.validation.pairs, config.run.batch_size)
+        trainer = Trainer(config, accelerator, policy, adapter, data.train, validation)
+        _start_trackers(accelerator, config, trainer.progress.step)
+        bar = progress.add_task("training", total=config.run.steps, completed=trainer.progress.step, state="")
+        with StopSignals() as stop:
+            for report in trainer.steps(stop):
+                progress.update(bar, completed=report.progress.step, state=_state(report))
+                _say_line(console, config, accelerator, report)
+                every = config.validation.grid_every
+                if every and report.progress.step % every == 0:
+                    _draw_grid(config, base, data, trainer)
+
+    finished = trainer.progress.step >= config.run.steps
+    target = config.run.output / f"{config.adapter.name}.safetensors"
+    trained = trainer.adapter()
+    if trained is not None:
+        if finished:
+            save_adapter(trained, target)
+        write_report(config.run.output, config, _facts(config, accelerator, data, trainer))
+    accelerator.end_training()
+    if not finished:
+        raise StoppedError(
+            f"Stopped at step {trainer.progress.step} of {config.run.steps}; everything is saved. Go on with the same "
+            "command and --set run.resume=latest.",
+            signal=stop.received or signal.SIGTERM,
+            speaks=accelerator.is_main_process,
+        )
+    if accelerator.is_main_process:
+        console.print(f"{target}: put it into ComfyUI's models/psa_adapters.", markup=False)
+    return target
+
+
+def _make_accelerator(config: TrainConfig) -> Accelerator:
+    config.run.output.mkdir(parents=True, exist_ok=True)
+    steps = GradientAccumulationPlugin(num_steps=config.run.accumulation, sync_with_dataloader=False)
+    folders = ProjectConfiguration(project_dir=str(config.run.output), logging_dir=str(config.run.output / "logs"))
+    try:
+        return Accelerator(
+            # What is trained is float32; the frozen UNet has its dtype from the configuration.
+            mixed_precision="no",
+            gradient_accumulation_plugin=steps,
+            log_with=list(config.tracking.trackers),
+            project_config=folders,
+        )
+    except ValueError as error:
+        raise TrainingError(
+            f"tracking.trackers = {list(config.tracking.trackers)} cannot be used ({error}). Name trackers that "
+            "accelerate knows and that are installed, or none: []."
+        ) from None
+
+
+def _start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
+    settings = {
+        f"{section}.{name}": value if isinstance(value, (int, float, str, bool)) else str(value)
+        for section, values in config.model_dump(mode="json").items()
+        for name, value in values.items()
+    }
+    # TensorBoard: what an interrupted run wrote after its checkpoint is taken back.
+    tensorboard: dict[str, Any] = {"purge_step": step + 1} if step else {}
+    accelerator.init_trackers(config.tracking.project, settings, {"tensorboard": tensorboard})
+
+
+@contextmanager
+def _progress(console: Console, accelerator: Accelerator) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    shown = accelerator.is_main_process and console.is_terminal
+    with Progress(*columns, console=console, disable=not shown) as progress:
+        yield progress
+
+
+def _state(report: StepReport) -> str:
+    values = report.values
+    return (
+        f"loss {values['loss']:.4f}  accuracy {values['implicit_accuracy']:.2f}  margin {values['margin']:.3g}  "
+        f"{values['pairs_per_second']:.2f} pairs/s"
+    )
+
+
+def _say_line(console: Console, config: TrainConfig, accelerator: Accelerator, report: StepReport) -> None:
+    """Where no bar can be drawn (a log file), a line now and then says the same."""
+    step = report.progress.step
+    if accelerator.is_main_process and not console.is_terminal and step % config.tracking.every == 0:
+        console.print(f"step {step}/{config.run.steps}  {_state(report)}", highlight=False)
+
+
+def _draw_grid(config: TrainConfig, base: BaseModel, data: TrainingData, trainer: Trainer) -> None:
+    adapter = trainer.adapter()
+    if adapter is not None and data.grid_users:
+        columns = {name: adapter.site_vectors(user[None]) for name, user in data.grid_users.items()}
+        captions = config.validation.grid_prompts
+        texts = {caption: data.cached.text(caption) for caption in (*captions, "")}
+        step = trainer.progress.step
+        image = draw_grid(
+            base,
+            trainer.policy,
+            columns={"base": None, **columns},
+            captions=captions,
+            texts=texts,
+            config=config.validation,
+            device=trainer.accelerator.device,
+            seed=config.run.seed,
+            resolution=config.data.resolution,
+        )
+        folder = config.run.output / "grids"
+        folder.mkdir(exist_ok=True)
+        with replacing(folder / f"step-{step:06d}.png") as aside:
+            image.save(aside, format="PNG")
+        trainer.log_image("grid", image)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _facts(config: TrainConfig, accelerator: Accelerator, data: TrainingData, trainer: Trainer) -> dict[str, str]:
+    return {
+        "steps": f"{trainer.progress.step} of {config.run.steps}",
+        "pairs per step": str(trainer.pairs_per_step),
+        "training pairs": f"{len(data.train.indices)} of {len(data.users)} users",
+        **{f"{name} pairs": f"{len(batches.indices)}" for name, batches in data.validation.items()},
+        "rows left out": str(len(data.cached.skipped)),
+        "base model": config.model.base.name,
+        "devices": f"{accelerator.num_processes} x {accelerator.device.type}",
+        "torch": torch.__version__,
+    }
