@@ -12,6 +12,7 @@ from rich.console import Console
 from ..adapter import AdapterError
 from ..profiles import EncoderError, ProfileError
 from .adapter_commands import convert
+from .data_commands import check_data, encode
 from .errors import ComfyUIError, TrainingError
 from .profile_commands import profile_app, users
 from .synthetic_commands import synthetic
@@ -25,6 +26,8 @@ app = typer.Typer(
 )
 app.add_typer(profile_app, name="profile")
 app.command()(convert)
+app.command()(check_data)
+app.command()(encode)
 app.command()(synthetic)
 app.command()(train)
 app.command()(users)

@@ -66,11 +66,14 @@ def encode(
         kind=kind, name=name, template=template, folders=language_models or None, batch_size=batch_size
     )
     with _training_parts():
+        import torch
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
         from .data.pairs import open_pairs
         from .data.users import distinct_users, encode_users, make_encoder, read_users
-    state = PartialState()
+    # Processes on CPUs are each alone unless the state is told of the CPU.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
     table = read_users(users) if users.is_file() else distinct_users(open_pairs(users, streaming=True))
     share = dict(islice(table.items(), state.process_index, None, state.num_processes))
     columns = (TextColumn("users"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

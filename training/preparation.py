@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..adapter import AdapterConfig, PSAAdapter, find_sites
 from ..profiles import Profile, levels
+from ..profiles.encoders.attributes import DIM as ATTRIBUTES_DIM
 from .base import BaseModel
 from .config import TrainConfig
 from .data.cache import build_cache
@@ -24,7 +25,6 @@ from .dpo.draws import Draws
 from .dpo.trainable import standardise
 from .errors import DataError
 
-ATTRIBUTES_DIM = 37
 SEEN, UNSEEN = "seen", "unseen"
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..adapter import save_adapter
+from ..profiles.encoders.attributes import DIM as ATTRIBUTES_DIM
 from ..safe_files import replacing
 from .base import BaseModel, open_base
 from .config import TrainConfig
@@ -48,7 +49,9 @@ class StoppedError(TrainingError):
 
 def dry_run(config: TrainConfig) -> Plan:
     """Return what a run would be, without loading a weight or reading a pair."""
-    return plan(config, open_base(config.model.base, config.model.prediction_type), ranks=1, embedding_dim=None)
+    known = config.data.embeddings is None and config.data.encoder.kind == "attributes"
+    base = open_base(config.model.base, config.model.prediction_type)
+    return plan(config, base, ranks=1, embedding_dim=ATTRIBUTES_DIM if known else None)
 
 
 def train(config: TrainConfig, console: Console) -> Path:

@@ -7,7 +7,7 @@ entry of each but the age group means "another value". An unsaid attribute is al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -38,6 +38,11 @@ class AttributesEncoder:
     def encode(self, profiles: Sequence[Profile]) -> Tensor:
         """Return float32 ``[len(profiles), 37]``."""
         return torch.tensor([_encode(profile) for profile in profiles], dtype=torch.float32).reshape(-1, DIM)
+
+    def encode_batches(self, profiles: Sequence[Profile], batch_size: int = 8) -> Iterator[Tensor]:
+        """Yield float32 ``[<= batch_size, 37]`` in order."""
+        for start in range(0, len(profiles), batch_size):
+            yield self.encode(profiles[start : start + batch_size])
 
 
 def _encode(profile: Profile) -> list[float]:

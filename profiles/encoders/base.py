@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -24,4 +24,11 @@ class Encoder(Protocol):
 
     def encode(self, profiles: Sequence[Profile]) -> Tensor:
         """Return float32 embeddings ``[len(profiles), dim]``."""
+        ...
+
+    def encode_batches(self, profiles: Sequence[Profile], batch_size: int = 8) -> Iterator[Tensor]:
+        """Yield float32 embeddings ``[<= batch_size, dim]`` in order, with a language model loaded once for all.
+
+        The model is in memory until the last batch is taken, or the iterator closed.
+        """
         ...

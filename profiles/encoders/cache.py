@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -37,15 +38,23 @@ class CachedEncoder:
 
     def encode(self, profiles: Sequence[Profile]) -> Tensor:
         """Return float32 ``[len(profiles), dim]``; the encoder sees only profiles that are not in the cache."""
+        return torch.cat(list(self.encode_batches(profiles)))
+
+    def encode_batches(self, profiles: Sequence[Profile], batch_size: int = 8) -> Iterator[Tensor]:
+        """Yield float32 ``[<= batch_size, dim]`` in order, each batch stored as soon as it is there."""
         paths = [self._path(profile) for profile in profiles]
         rows = [self._read(path) for path in paths]
         missing = [i for i, row in enumerate(rows) if row is None]
-        if missing:
-            computed = self._encoder.encode([profiles[i] for i in missing])
-            for i, row in zip(missing, computed, strict=True):
-                rows[i] = row
-                self._write(paths[i], row)
-        return torch.stack([row for row in rows if row is not None])
+        computed = self._encoder.encode_batches([profiles[i] for i in missing], batch_size) if missing else iter(())
+        todo = iter(missing)
+        for start in range(0, len(rows), batch_size):
+            span = range(start, min(start + batch_size, len(rows)))
+            while any(rows[i] is None for i in span):
+                batch = next(computed)
+                for i, row in zip(islice(todo, len(batch)), batch, strict=True):
+                    rows[i] = row
+                    self._write(paths[i], row)
+            yield torch.stack([row for i in span if (row := rows[i]) is not None])
 
     def _path(self, profile: Profile) -> Path | None:
         key = self._encoder.cache_key(profile)

@@ -28,7 +28,6 @@ from ..template import fill_template
 
 MaxMemory = dict[Any, int]
 
-_BATCH_SIZE = 8
 # What may follow a model's name in a GGUF file's: ".Q4_K_M.gguf", "-UD-Q4_K_XL.gguf", "-bf16.gguf", ".gguf".
 _QUANTISATION = r"([.-](ud|i1|imat))?([.-](i?q\d\w*|b?f\d+|fp\d+|mxfp\d\w*))?(-\d+-of-\d+)?\.gguf"
 _SPLIT = re.compile(r"-\d+-of-\d+\.gguf$", re.IGNORECASE)
@@ -161,7 +160,17 @@ class LanguageModelEncoder:
         Raises:
             EncoderError: the model has no chat template, cannot be read, or is too large for this machine.
         """
+        return torch.cat(list(self.encode_batches(profiles)))
+
+    def encode_batches(self, profiles: Sequence[Profile], batch_size: int = 8) -> Iterator[Tensor]:
+        """Yield float32 embeddings ``[<= batch_size, hidden_size]`` in order; the model is loaded once for all.
+
+        Raises:
+            EncoderError: as ``encode``, before the first batch.
+        """
         prompts = [fill_template(self._template, profile) for profile in profiles]
+        if not prompts:
+            return
         tokenizer = self._load_tokenizer()
         with self._readable():
             texts = [
@@ -170,16 +179,19 @@ class LanguageModelEncoder:
                 )
                 for prompt in prompts
             ]
-        with self._model() as model, torch.inference_mode():
-            rows = [
-                self._mean_hidden_state(model, tokenizer, texts[start : start + _BATCH_SIZE])
-                for start in range(0, len(texts), _BATCH_SIZE)
-            ]
-        del model
-        gc.collect()
-        self._host.release()
-        return torch.cat(rows).clone()
+        try:
+            yield from self._batches(tokenizer, texts, batch_size)
+        finally:
+            gc.collect()
+            self._host.release()
 
+    def _batches(self, tokenizer: Any, texts: list[str], batch_size: int) -> Iterator[Tensor]:
+        with self._model() as model:
+            for start in range(0, len(texts), batch_size):
+                # Inference mode ends before the batch is handed out: the clone is a tensor like any other.
+                yield self._mean_hidden_state(model, tokenizer, texts[start : start + batch_size]).clone()
+
+    @torch.inference_mode()
     def _mean_hidden_state(self, model: nn.Module, tokenizer: Any, texts: list[str]) -> Tensor:
         # The chat template has set all special tokens already.
         tokens = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)

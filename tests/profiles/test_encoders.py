@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -138,8 +138,11 @@ class CountingEncoder:
         return self._keys.cache_key(profile)
 
     def encode(self, profiles: Sequence[Profile]) -> Tensor:
+        return torch.cat(list(self.encode_batches(profiles)))
+
+    def encode_batches(self, profiles: Sequence[Profile], batch_size: int = 8) -> Iterator[Tensor]:
         self.seen.append(list(profiles))
-        return AttributesEncoder().encode(profiles)
+        yield from AttributesEncoder().encode_batches(profiles, batch_size)
 
 
 @pytest.fixture
@@ -151,6 +154,40 @@ def encoder(tmp_path: Path) -> CountingEncoder:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "embeddings"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 8])
+def test_batches_are_the_whole_in_pieces(batch_size: int) -> None:
+    users = simulate_users(7, seed=2)
+    batches = list(AttributesEncoder().encode_batches(users, batch_size))
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert 0 < len(batches[-1]) <= batch_size
+    assert torch.equal(torch.cat(batches), AttributesEncoder().encode(users))
+
+
+def test_batches_of_nobody_are_none() -> None:
+    assert list(AttributesEncoder().encode_batches([])) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_batches_from_a_half_filled_cache_keep_their_order(
+    encoder: CountingEncoder, folder: Path, batch_size: int
+) -> None:
+    users = [Profile(age=age) for age in range(7)]
+    cached = CachedEncoder(encoder, folder)
+    cached.encode([users[1], users[4]])
+    batches = list(cached.encode_batches(users, batch_size))
+    assert [len(batch) for batch in batches] == [len(users[i : i + batch_size]) for i in range(0, 7, batch_size)]
+    assert torch.equal(torch.cat(batches), AttributesEncoder().encode(users))
+    assert encoder.seen[1:] == [[users[0], users[2], users[3], users[5], users[6]]]
+
+
+def test_batches_that_were_taken_stay_when_the_rest_is_not(encoder: CountingEncoder, folder: Path) -> None:
+    users = [Profile(age=age) for age in range(6)]
+    next(CachedEncoder(encoder, folder).encode_batches(users, 2))
+    assert len(list(folder.iterdir())) == 2
+    CachedEncoder(encoder, folder).encode(users)
+    assert encoder.seen[1] == users[2:]
 
 
 def test_the_second_call_computes_nothing(encoder: CountingEncoder, folder: Path) -> None:
@@ -266,8 +303,8 @@ def test_a_full_disk_still_gives_the_embedding(
 
 def test_an_embedding_that_is_no_number_is_neither_given_nor_kept(encoder: CountingEncoder, folder: Path) -> None:
     class BrokenEncoder(CountingEncoder):
-        def encode(self, profiles: Sequence[Profile]) -> Tensor:
-            return torch.full((len(profiles), 37), torch.nan)
+        def encode_batches(self, profiles: Sequence[Profile], batch_size: int = 8) -> Iterator[Tensor]:
+            yield torch.full((len(profiles), 37), torch.nan)
 
     with pytest.raises(EncoderError, match="not numbers"):
         CachedEncoder(BrokenEncoder(folder.parent / "model"), folder).encode([CHILD])

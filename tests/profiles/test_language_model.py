@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -136,6 +138,37 @@ class WatchedHost(CPUHost):
     def hold(self, model: nn.Module) -> AbstractContextManager[None]:
         self.held.append(model)
         return super().hold(model)
+
+
+def test_batches_come_from_a_model_that_is_loaded_once_and_gone_afterwards(tiny: Path) -> None:
+    host = WatchedHost(10**9)
+    batches = _encoder(tiny, host).encode_batches(PROFILES, batch_size=2)
+    first = next(batches)
+    assert len(host.held) == 1
+    # Training may go on between two batches.
+    assert not torch.is_inference_mode_enabled()
+    assert not first.is_inference()
+    rest = list(batches)
+    assert [len(batch) for batch in (first, *rest)] == [2, 1]
+    model = weakref.ref(host.held.pop())
+    assert host.held == []
+    gc.collect()
+    assert model() is None
+    torch.testing.assert_close(torch.cat([first, *rest]), _encoder(tiny).encode(PROFILES), atol=1e-5, rtol=0)
+
+
+def test_closing_the_batches_early_lets_the_model_go(tiny: Path) -> None:
+    host = WatchedHost(10**9)
+    batches = _encoder(tiny, host).encode_batches(PROFILES, batch_size=1)
+    next(batches)
+    model = weakref.ref(host.held.pop())
+    batches.close()
+    gc.collect()
+    assert model() is None
+
+
+def test_no_model_is_read_for_nobody(tmp_path: Path) -> None:
+    assert list(_encoder(tmp_path / "nowhere").encode_batches([])) == []
 
 
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.001])

@@ -72,7 +72,8 @@ class Checkpoints:
             kept = f"The checkpoint {last} is whole" if last else "There is no earlier checkpoint"
             raise TrainingError(
                 f"The checkpoint of step {progress.step} cannot be written to {self._folder} "
-                f"({_first_line(error)}). {kept}. Make room there and run the same command with --set run.resume=latest."
+                f"({_first_line(error)}). {kept}. Make room there, and run the same command with --set "
+                "run.resume=latest."
             ) from None
         self._accelerator.wait_for_everyone()
         return target

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ class PairBatch:
     def to(self, device: torch.device) -> PairBatch:
         """Return the batch on ``device``."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PairBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 def pair_errors(unet: UNet2DConditionModel, scheduler: DDPMScheduler, batch: PairBatch) -> PairErrors:

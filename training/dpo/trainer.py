@@ -84,28 +84,30 @@ class Trainer:
         """
         run, tracking = self.config.run, self.config.tracking
         tables: list[Tensor] = []
-        started, counted = time.perf_counter(), 0
+        seconds, counted = 0.0, 0
         stopped = False
         if self.progress.step == 0:
             self._validate()
         while self.progress.step < run.steps and not stopped:
+            started = time.perf_counter()
+            rate = float(self._schedule.get_last_lr()[0])
             table, norm, stopped = self._step(stop)
-            tables.append(table)
+            seconds += time.perf_counter() - started
             counted += len(table)
+            tables.append(table)
             self.progress = Progress(self.progress.step + 1, self.progress.samples + self.pairs_per_step)
             step = self.progress.step
-            speed = counted / (time.perf_counter() - started)
-            values = summarise(table, self._timesteps) | {"gradient_norm": norm, "pairs_per_second": speed}
+            state = {"gradient_norm": norm, "learning_rate": rate, "pairs_per_second": counted / seconds}
             if step % tracking.every == 0:
-                self._log(step, summarise(torch.cat(tables), self._timesteps) | self._state_values(norm, speed))
+                self._log(step, summarise(torch.cat(tables), self._timesteps) | state | self._adapter_values())
                 tables.clear()
-                started, counted = time.perf_counter(), 0
+                seconds, counted = 0.0, 0
             last = step == run.steps or stopped
             if last or step % run.checkpoint_every == 0:
                 self._checkpoints.save(self.progress, self.adapter())
             if self.config.validation.every and (step % self.config.validation.every == 0 or step == run.steps):
                 self._validate()
-            yield StepReport(self.progress, values)
+            yield StepReport(self.progress, summarise(table, self._timesteps) | state)
 
     def adapter(self) -> PSAAdapter | None:
         """Return a copy of the adapter as it would be used (the moving average, if there is one); main rank only."""
@@ -134,8 +136,10 @@ class Trainer:
         """Give an image to the trackers that take images."""
         for tracker in self.accelerator.trackers:
             if tracker.name in ("tensorboard", "wandb"):
-                pixels = [image] if tracker.name == "wandb" else np.asarray(image.convert("RGB"))[None]
-                tracker.log_images({name: pixels}, step=self.progress.step)
+                # TensorBoard takes arrays [images, channels, height, width].
+                pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)[None]
+                images = [image] if tracker.name == "wandb" else pixels
+                tracker.log_images({name: images}, step=self.progress.step)
 
     def _step(self, stop: StopSignals) -> tuple[Tensor, float, bool]:
         """One optimizer step; return the records of its pairs, the gradient norm and whether to stop."""
@@ -204,14 +208,8 @@ class Trainer:
         if values:
             self._log(self.progress.step, values)
 
-    def _state_values(self, norm: float, speed: float) -> dict[str, float]:
-        values = {
-            "gradient_norm": norm,
-            "learning_rate": float(self._schedule.get_last_lr()[0]),
-            "pairs_per_second": speed,
-        }
-        adapter = self.accelerator.unwrap_model(self.vectors).adapter
-        values |= adapter_norms(adapter)
+    def _adapter_values(self) -> dict[str, float]:
+        values = adapter_norms(self.accelerator.unwrap_model(self.vectors).adapter)
         if self.accelerator.device.type == "cuda":
             values["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return values

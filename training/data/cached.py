@@ -1,0 +1,103 @@
+"""A cache, opened: latents, text embeddings and user embeddings of preference pairs, mapped from Arrow files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from ..base import TextEmbedding
+from ..errors import DataError
+from .images import Crop
+
+
+@dataclass(frozen=True, eq=False)
+class CachedRow:
+    """A pair as training sees it; ``row`` is its number in the source, latents are ``[channels, height, width]``."""
+
+    row: int
+    user_id: str
+    caption: str
+    chosen: Tensor
+    rejected: Tensor
+    crop: Crop
+
+
+class CachedPairs:
+    """The usable pairs of a source. Tensors come in float32, whatever they are stored as, and belong to the caller.
+
+    ``users`` are the ids of the users of the rows, sorted, and ``row_users`` those of each row; ``skipped`` says of
+    each row that was left out which one it is and why.
+    """
+
+    def __init__(
+        self, pairs: Dataset, captions: Dataset, users: Dataset, latents: Dataset, skipped: Mapping[int, str]
+    ) -> None:
+        """Join the parts of a cache; ``skipped`` are reports by row number."""
+        self._pairs = pairs
+        self._latents = latents.with_format("numpy")
+        self._captions = captions.with_format("numpy")
+        self._users = users.with_format("numpy")
+        self._rows = [row for row in range(len(pairs)) if row not in skipped]
+        self._caption_at = {caption: position for position, caption in enumerate(captions["caption"][:])}
+        known = enumerate(zip(users["user_id"][:], users["problem"][:], strict=True))
+        self._user_at = {user: position for position, (user, problem) in known if problem is None}
+        ids = pairs["user_id"][:]
+        self.row_users: tuple[str, ...] = tuple(ids[row] for row in self._rows)
+        self.users: tuple[str, ...] = tuple(sorted(set(self.row_users)))
+        self.skipped: tuple[str, ...] = tuple(skipped[row] for row in sorted(skipped))
+
+    def __len__(self) -> int:
+        """Return the number of usable pairs."""
+        return len(self._rows)
+
+    def row(self, index: int) -> CachedRow:
+        """Return the usable pair ``index``, from 0."""
+        row = self._rows[index]
+        pair, latents = self._pairs[row], self._latents[row]
+        return CachedRow(
+            row=row,
+            user_id=pair["user_id"],
+            caption=pair["caption"],
+            chosen=_tensor(latents["chosen"]),
+            rejected=_tensor(latents["rejected"]),
+            crop=Crop(_two(latents["original_size"]), _two(latents["top_left"]), bool(latents["flipped"])),
+        )
+
+    def text(self, caption: str) -> TextEmbedding:
+        """Return the text embedding of a caption of the rows, of the empty one, or of an extra one.
+
+        Raises:
+            DataError: the caption is none of them.
+        """
+        position = self._caption_at.get(caption)
+        if position is None:
+            raise DataError(f'The caption "{caption}" is not in the cache. Name it when the cache is built.')
+        found = self._captions[position]
+        pooled = found.get("pooled")
+        return TextEmbedding(_tensor(found["hidden"]), None if pooled is None else _tensor(pooled))
+
+    def user(self, user_id: str) -> Tensor:
+        """Return the embedding ``[dim]`` of a user of the rows, or of an extra one.
+
+        Raises:
+            DataError: the user is none of them.
+        """
+        position = self._user_at.get(user_id)
+        if position is None:
+            raise DataError(f"The user {user_id} is not in the cache. Name them when the cache is built.")
+        return _tensor(self._users[position]["embedding"])
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    """Copy: what Arrow maps into memory may not be written to."""
+    return torch.from_numpy(np.array(values, dtype=np.float32))
+
+
+def _two(values: np.ndarray) -> tuple[int, int]:
+    first, second = values.tolist()
+    return first, second

@@ -1,0 +1,176 @@
+"""Image grids during training: prompts down, users across, every row with the same noise.
+
+Draws with what is already in memory, the frozen UNet; the VAE is there only while it decodes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ...adapter import SiteVectors
+from ..base import BaseModel, TextEmbedding
+from ..config import ValidationSection
+from .policy import Policy
+
+_MARGIN, _GAP, _SIDE, _LINE = 20, 10, 200, 21
+_SMALLEST_TILE, _LARGEST_TILE = 160, 384
+_INK, _PAPER = "#222222", "white"
+
+
+@torch.no_grad()
+def draw_grid(
+    base: BaseModel,
+    policy: Policy,
+    columns: Mapping[str, SiteVectors | None],
+    captions: Sequence[str],
+    texts: Mapping[str, TextEmbedding],
+    config: ValidationSection,
+    device: torch.device,
+    seed: int,
+    resolution: int,
+) -> Image.Image:
+    """Draw each caption for each user and return the labelled pictures as one image.
+
+    Args:
+        base: gives the sampler and the VAE; its UNet is the one in ``policy``, which is on ``device``.
+        policy: the UNet, with the adapter attached.
+        columns: label to what one user adds (``user[i]`` is ``[1, hidden_i]``), None for the base model itself.
+        captions: the prompts, one row each.
+        texts: the embeddings of every caption, and of ``""`` for the unconditional half.
+        config: ``grid_steps`` and ``grid_guidance_scale``.
+        device: where the UNet is and the VAE will be.
+        seed: with the number of the row, it decides the initial noise.
+        resolution: height and width of a picture in pixels.
+    """
+    size = resolution // base.vae_scale_factor
+    generator = torch.Generator().manual_seed(seed)
+    latents = []
+    for caption in captions:
+        noise = torch.randn((1, base.latent_channels, size, size), generator=generator).to(device)
+        conditioning = _conditioning(policy, (texts[""], texts[caption]), device, resolution)
+        latents += [_sample(base, policy, user, noise, conditioning, config).cpu() for user in columns.values()]
+    pictures = _decode(base, latents, device)
+    rows = [pictures[start : start + len(columns)] for start in range(0, len(pictures), len(columns))]
+    return _sheet(rows, list(columns), captions)
+
+
+def _conditioning(
+    policy: Policy, texts: Sequence[TextEmbedding], device: torch.device, resolution: int
+) -> dict[str, Any]:
+    """What the UNet is told: the unconditional half first, then the conditional one."""
+    dtype = policy.unet.dtype
+    hidden = torch.stack([text.hidden for text in texts]).to(device, dtype)
+    pooled = [text.pooled for text in texts if text.pooled is not None]
+    if not pooled:
+        return {"encoder_hidden_states": hidden}
+    # SDXL: a picture of this size that was never cropped.
+    time_ids = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * 2, device=device, dtype=dtype)
+    added = {"text_embeds": torch.stack(pooled).to(device, dtype), "time_ids": time_ids}
+    return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
+
+
+def _sample(
+    base: BaseModel,
+    policy: Policy,
+    user: SiteVectors | None,
+    noise: Tensor,
+    conditioning: Mapping[str, Any],
+    config: ValidationSection,
+) -> Tensor:
+    """Return latents ``[1, channels, height, width]`` for one prompt and one user."""
+    sampler = base.sampler()  # it remembers earlier steps, so each picture has its own
+    sampler.set_timesteps(config.grid_steps, device=noise.device)
+    latents = noise * sampler.init_noise_sigma
+    with nullcontext() if user is None else policy.applied(_halves(user, noise.device)):
+        for timestep in sampler.timesteps:
+            scaled = sampler.scale_model_input(latents.repeat(2, 1, 1, 1), timestep).to(policy.unet.dtype)
+            without, with_prompt = policy.unet(scaled, timestep, **conditioning).sample.float().chunk(2)
+            guided = without + config.grid_guidance_scale * (with_prompt - without)
+            latents = sampler.step(guided, timestep, latents).prev_sample
+    return latents
+
+
+def _halves(user: SiteVectors, device: torch.device) -> list[Tensor]:
+    """``[2, hidden_i]`` per site: the null user's vector, or nothing, and the user's."""
+    null = user.null or [torch.zeros_like(vector[0]) for vector in user.user]
+    return [torch.stack((n, vector[0])).to(device) for n, vector in zip(null, user.user, strict=True)]
+
+
+def _decode(base: BaseModel, latents: Sequence[Tensor], device: torch.device) -> list[Image.Image]:
+    coder = base.vae(device)
+    pictures = []
+    for one in latents:
+        pixels = (coder.decode(one.to(device))[0] + 1) * 127.5
+        pictures.append(Image.fromarray(pixels.clamp(0, 255).round().byte().permute(1, 2, 0).cpu().numpy()))
+    del coder
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return pictures
+
+
+def _sheet(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], captions: Sequence[str]) -> Image.Image:
+    """Lay pictures out: labels above the columns, captions left of the rows."""
+    rows = [[_tile(picture) for picture in row] for row in rows]
+    tile = rows[0][0].width if rows and rows[0] else _SMALLEST_TILE
+    headings = [_wrapped(label, _font(bold=True), tile, lines=2) for label in labels]
+    top = _MARGIN + _LINE * max((len(heading) for heading in headings), default=0) + _GAP
+    left = _MARGIN + _SIDE + _GAP
+    width = left + len(labels) * (tile + _GAP) - _GAP + _MARGIN
+    height = top + len(rows) * (tile + _GAP) - _GAP + _MARGIN
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, heading in enumerate(headings):
+        middle, bottom = left + i * (tile + _GAP) + tile / 2, top - _GAP
+        for j, line in enumerate(reversed(heading)):
+            draw.text((middle, bottom - j * _LINE), line, _INK, _font(bold=True), anchor="md")
+    for i, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+        y = top + i * (tile + _GAP)
+        for j, line in enumerate(_wrapped(caption or "(empty)", _font(), _SIDE, lines=tile // _LINE)):
+            draw.text((_MARGIN, y + j * _LINE), line, _INK, _font())
+        for j, picture in enumerate(row):
+            sheet.paste(picture, (left + j * (tile + _GAP), y))
+    return sheet
+
+
+def _tile(picture: Image.Image) -> Image.Image:
+    """Shrink large pictures; enlarge tiny ones in whole pixels, so that nothing is made up."""
+    if picture.width > _LARGEST_TILE:
+        return picture.resize((_LARGEST_TILE, _LARGEST_TILE), Image.Resampling.LANCZOS)
+    factor = -(-_SMALLEST_TILE // picture.width)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def _font(bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Matplotlib's DejaVu: the same on every machine, with more scripts than Pillow's own font."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), 15)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
+    """Break ``text`` into at most ``lines`` lines of ``width`` pixels, at spaces where there are any."""
+    broken = [""]
+    for word in text.split():
+        if broken[-1] and font.getlength(f"{broken[-1]} {word}") > width:
+            broken.append("")
+        elif broken[-1]:
+            broken[-1] += " "
+        for letter in word:
+            if font.getlength(broken[-1] + letter) > width:
+                broken.append("")
+            broken[-1] += letter
+    if len(broken) > lines:
+        last = broken[lines - 1]
+        while last and font.getlength(f"{last}…") > width:
+            last = last[:-1]
+        broken = [*broken[: lines - 1], f"{last}…"]
+    return broken
