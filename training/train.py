@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +20,7 @@ from ..profiles.encoders.attributes import DIM as ATTRIBUTES_DIM
 from ..safe_files import replacing
 from .base import BaseModel, open_base
 from .config import TrainConfig
+from .dpo.checkpoints import Checkpoints
 from .dpo.draws import Draws
 from .dpo.grids import draw_grid
 from .dpo.plan import Plan, plan
@@ -30,8 +31,6 @@ from .dpo.trainer import StepReport, Trainer
 from .dpo.validation import Validation
 from .errors import TrainingError
 from .preparation import TrainingData, make_adapter, prepare_data, seeded
-
-logger = logging.getLogger(__name__)
 
 
 class StoppedError(TrainingError):
@@ -62,6 +61,7 @@ def train(config: TrainConfig, console: Console) -> Path:
         StoppedError: SIGINT or SIGTERM came; the last step is saved.
     """
     accelerator = _make_accelerator(config)
+    Checkpoints(accelerator, config).start()
     base = open_base(config.model.base, config.model.prediction_type)
     scheduler = base.noise_scheduler()
     draws = Draws(
@@ -114,11 +114,17 @@ def train(config: TrainConfig, console: Console) -> Path:
 
 
 def _make_accelerator(config: TrainConfig) -> Accelerator:
-    config.run.output.mkdir(parents=True, exist_ok=True)
+    try:
+        config.run.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"run.output = {config.run.output} cannot be made ({error.strerror}).") from None
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     steps = GradientAccumulationPlugin(num_steps=config.run.accumulation, sync_with_dataloader=False)
     folders = ProjectConfiguration(project_dir=str(config.run.output), logging_dir=str(config.run.output / "logs"))
     try:
-        return Accelerator(
+        accelerator = Accelerator(
+            # Ranks on CPUs find each other only if accelerate is told of the CPU.
+            cpu=ranks > 1 and not torch.cuda.is_available(),
             # What is trained is float32; the frozen UNet has its dtype from the configuration.
             mixed_precision="no",
             gradient_accumulation_plugin=steps,
@@ -130,6 +136,12 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
             f"tracking.trackers = {list(config.tracking.trackers)} cannot be used ({error}). Name trackers that "
             "accelerate knows and that are installed, or none: []."
         ) from None
+    if ranks != accelerator.num_processes:
+        raise TrainingError(
+            f"The launcher started {ranks} processes, but they do not find each other: accelerate sees "
+            f"{accelerator.num_processes}. Start them with `accelerate launch` or `torchrun`."
+        )
+    return accelerator
 
 
 def _start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:

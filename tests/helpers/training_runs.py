@@ -22,6 +22,8 @@ from comfyui_psa.training.dpo.trainer import StepReport, Trainer
 Look = Callable[[Trainer, "StepReport | None"], None]
 
 RESOLUTION = 64
+# The second step of four pairs has them with and without prompt, with and without user; all quarters come up.
+SEED = 25
 # AdamW keeps the last gradient as it is, which `gradients` reads; nothing is clipped.
 PLAIN = {"learning_rate": 1e-2, "warmup_steps": 0, "betas": (0.0, 0.999), "max_grad_norm": 1e6}
 
@@ -30,10 +32,15 @@ def tiny_config(output: Path, base: Path, data: Path, changes: Mapping[str, Any]
     """Three steps of four pairs in float32, without validation, grids and trackers; ``changes`` are by dotted key."""
     sections: dict[str, dict[str, Any]] = {
         "model": {"base": base, "dtype": "fp32"},
-        "data": {"train": data, "cache": base.with_name(f"{base.name}-cache"), "resolution": RESOLUTION},
+        "data": {
+            "train": data,
+            "cache": base.with_name(f"{base.name}-cache"),
+            "resolution": RESOLUTION,
+            "flip": False,
+        },
         "loss": {"beta": 100.0, "prompt_dropout": 0.5, "user_dropout": 0.5},
         "optimizer": dict(PLAIN),
-        "run": {"output": output, "steps": 3, "batch_size": 2, "accumulation": 2},
+        "run": {"output": output, "steps": 3, "batch_size": 2, "accumulation": 2, "seed": SEED},
         "validation": {"every": 0, "grid_every": 0},
         "tracking": {"trackers": (), "every": 1},
     }

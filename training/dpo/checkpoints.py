@@ -21,8 +21,24 @@ ADAPTER = "adapter.safetensors"
 _FOLDER = "checkpoints"
 _STATE = "state.json"
 
-# What has to stay the same between the two halves of a run.
-_FIXED = ("model", "data", "adapter")
+# What has to stay the same between the two halves of a run: what is learned, from what, and from whom.
+_FIXED = (
+    "model.base",
+    "model.prediction_type",
+    "data.train",
+    "data.embeddings",
+    "data.encoder",
+    "data.resolution",
+    "data.crop",
+    "data.flip",
+    "adapter.null",
+    "adapter.standardise",
+    "validation.seen",
+    "validation.unseen",
+    "validation.held_out",
+    "validation.unseen_users",
+    "run.seed",
+)
 
 
 class Progress(NamedTuple):
@@ -82,8 +98,8 @@ class Checkpoints:
         """Return the newest whole checkpoint, if there is one."""
         return max((path.parent for path in self._folder.glob(f"step-*/{_STATE}")), default=None, key=_step)
 
-    def resume(self) -> Progress:
-        """Load the checkpoint that the configuration names into everything that accelerate holds.
+    def start(self) -> Path | None:
+        """Return the checkpoint that the configuration names, or None for a new run.
 
         Raises:
             TrainingError: there is none, it is damaged, or it was made with another model, data or adapter; or
@@ -96,14 +112,25 @@ class Checkpoints:
                     f"{self._config.run.output} already holds a run ({last.name}). Go on with it by --set "
                     "run.resume=latest, or choose another folder: run.output."
                 )
-            return Progress()
+            return None
         folder = self.latest() if wish == "latest" else Path(wish)
         if folder is None:
             raise TrainingError(
                 f"There is no checkpoint in {self._folder} to go on from. Leave run.resume out to start a new run."
             )
+        self._check(_read_state(folder)["config"], folder)
+        return folder
+
+    def resume(self) -> Progress:
+        """Load the checkpoint that the configuration names into everything that accelerate holds.
+
+        Raises:
+            TrainingError: as ``start`` does.
+        """
+        folder = self.start()
+        if folder is None:
+            return Progress()
         state = _read_state(folder)
-        self._check(state["config"], folder)
         try:
             self._accelerator.load_state(str(folder))
         except DAMAGE as error:
@@ -115,14 +142,14 @@ class Checkpoints:
             before = TrainConfig.model_validate(found)
         except ValidationError as error:
             raise _damaged(folder, error) from None
-        for section in _FIXED:
-            old, new = getattr(before, section), getattr(self._config, section)
-            for name in type(old).model_fields:
-                if (was := getattr(old, name)) != (now := getattr(new, name)):
-                    raise TrainingError(
-                        f"{folder} was made with {section}.{name} = {was}, but the configuration says {now}. Resume "
-                        "with the same model, data and adapter, or start a new run in another run.output."
-                    )
+        for key in _FIXED:
+            section, name = key.split(".")
+            was, now = (getattr(getattr(config, section), name) for config in (before, self._config))
+            if was != now:
+                raise TrainingError(
+                    f"{folder} was made with {key} = {was}, but the configuration says {now}. Resume with the same "
+                    "model, data, split, adapter and seed, or start a new run in another run.output."
+                )
 
     def _prune(self) -> None:
         limit = self._config.run.checkpoints_total_limit
