@@ -249,9 +249,11 @@ def _problem(details: Mapping[str, Any]) -> str:
         known = _keys_beside(location)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         elsewhere = [other for other in _all_keys() if other.rsplit(".", 1)[-1] == location[-1]]
-        hint = f" Did you mean {'.'.join((*location[:-1], near[0]))}?" if near else ""
-        hint = hint or (f" Did you mean {elsewhere[0]}?" if elsewhere else f" Known here: {', '.join(known)}.")
-        return f"{key}: there is no such key.{hint}"
+        beside = [".".join((*location[:-1], name)) for name in near]
+        # A key that is right but stands in the wrong section is meant before one that only looks like it.
+        meant = [*elsewhere, *beside]
+        hint = f"Did you mean {meant[0]}?" if meant else f"Known here: {', '.join(known)}."
+        return f"{key}: there is no such key. {hint}"
     if details["type"] == "missing":
         return f"{key}: is missing; it has to be stated."
     message = str(details["msg"]).removeprefix("Value error, ")

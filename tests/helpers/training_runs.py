@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -74,6 +75,12 @@ def observe(monkeypatch: pytest.MonkeyPatch, look: Look) -> None:
 def adapter_file(config: TrainConfig) -> Path:
     """The result of a run."""
     return config.run.output / f"{config.adapter.name}.safetensors"
+
+
+def metrics(config: TrainConfig) -> list[dict[str, float]]:
+    """The training lines of ``metrics.jsonl``, without those of validation."""
+    lines = [json.loads(line) for line in (config.run.output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
 
 
 def checkpoint(config: TrainConfig, step: int) -> Path:

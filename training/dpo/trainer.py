@@ -60,6 +60,9 @@ class Trainer:
         section = config.optimizer
         vectors = UserVectors(adapter.to(accelerator.device))
         optimizer = make_optimizer(vectors.parameters(), section, accelerator.device)
+        if (deepspeed := accelerator.state.deepspeed_plugin) is not None:
+            # It takes the batch size from a data loader, and there is none.
+            deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = config.run.batch_size
         self.vectors, self._optimizer = accelerator.prepare(vectors, optimizer)
         # Not prepared: accelerate would step it once per rank.
         self._schedule = make_schedule(optimizer, section, config.run.steps)
@@ -113,10 +116,11 @@ class Trainer:
         """Return a copy of the adapter as it would be used (the moving average, if there is one); main rank only."""
         with self.averaged():
             state = self.accelerator.get_state_dict(self.vectors)
-        if not self.accelerator.is_main_process:
-            return None
-        adapter = PSAAdapter(self.adapter_config)
-        adapter.load_state_dict({name.removeprefix("adapter."): value for name, value in state.items()})
+            if not self.accelerator.is_main_process:
+                return None
+            adapter = PSAAdapter(self.adapter_config)
+            # Within the block: the state shares memory with the weights, which get their own values back after it.
+            adapter.load_state_dict({name.removeprefix("adapter."): value for name, value in state.items()})
         return adapter.requires_grad_(False).eval()
 
     @contextmanager

@@ -1,0 +1,170 @@
+"""The caching pass: what is in memory, and what an interrupted or shared pass computes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cache_testing import CAPTIONS, EXTRA, ROWS, SHARD, USERS, build, cache_config, cached_values, changed, parts, watch
+from pipelines import write_sd_pipeline
+from rich.progress import Progress
+from torch import nn
+
+from comfyui_psa.profiles.encoders import AttributesEncoder
+from comfyui_psa.training.config import TrainConfig
+from comfyui_psa.training.data.pairs import open_pairs
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sd")
+    write_sd_pipeline(folder)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, sd: Path) -> TrainConfig:
+    return cache_config(tmp_path, sd)
+
+
+def test_no_model_stays_in_memory(config: TrainConfig) -> None:
+    base = watch(config)
+    cached = build(config, base)
+    assert base.loaded == ["text", "vae"]
+    assert len(base.models) == 2
+    assert base.alive() == []
+    assert len(cached) == ROWS
+
+
+def test_no_language_model_stays_in_memory(config: TrainConfig, smollm2_gguf: Path) -> None:
+    encoder = {
+        "kind": "llm",
+        "name": smollm2_gguf.name.split(".")[0],
+        "folders": [smollm2_gguf.parent],
+        "batch_size": 1,
+    }
+    cached = build(changed(config, "data", encoder=encoder))
+    gc.collect()
+    modules = {type(found).__name__ for found in gc.get_objects() if issubclass(type(found), nn.Module)}
+    assert not [name for name in modules if name.startswith("Llama")]
+    assert cached.user("0000001").shape == (576,)
+
+
+def test_a_warm_cache_loads_nothing(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build(config, watch(config), extra_profiles=EXTRA)
+    monkeypatch.delattr(AttributesEncoder, "encode_batches")
+    base = watch(config)
+    second = build(config, base, extra_profiles=EXTRA)
+    assert base.loaded == []
+    assert cached_values(first) == cached_values(second)
+
+
+def test_progress_counts_what_is_computed(config: TrainConfig) -> None:
+    progress = Progress(disable=True)
+    build(config, extra_profiles=EXTRA, progress=progress)
+    done = {task.description: task.completed for task in progress.tasks}
+    totals = {task.description: task.total for task in progress.tasks}
+    assert done == {
+        "Reading pairs": ROWS,
+        "Caching users": USERS + len(EXTRA),
+        "Caching captions": CAPTIONS,
+        "Caching latents": ROWS,
+    }
+    assert totals == {**done, "Reading pairs": None}
+    again = Progress(disable=True)
+    build(config, extra_profiles=EXTRA, progress=again)
+    assert again.tasks == []
+
+
+def test_an_interrupted_pass_goes_on(config: TrainConfig, tmp_path: Path) -> None:
+    interrupted = watch(config, stop_after=6)
+    with pytest.raises(KeyboardInterrupt):
+        build(config, interrupted)
+    assert interrupted.images == 6  # three rows, of which the third is in no whole shard
+    (folder,) = parts(config, "latents")
+    assert [path.name for path in folder.iterdir()] == ["shard-00000.arrow"]
+    (folder / ".shard-00001.arrow.0123abcd.tmp").write_bytes(b"what a kill leaves behind")
+    resumed = watch(config)
+    cached = build(config, resumed)
+    assert resumed.images == 2 * (ROWS - SHARD)
+    assert resumed.captions == []
+    fresh = changed(config, "data", cache=tmp_path / "fresh")
+    assert cached_values(cached) == cached_values(build(fresh))
+
+
+def test_interrupted_captions_go_on(config: TrainConfig) -> None:
+    build(config)
+    (folder,) = parts(config, "captions")
+    for name in ("manifest.json", "shard-00001.arrow"):
+        (folder / name).unlink()
+    base = watch(config)
+    build(config, base)
+    assert base.loaded == ["text"]
+    assert base.captions == sorted({"", *(pair.caption for pair in open_pairs(config.data.train))})[2:4]
+
+
+PROCESS = """
+import sys
+from accelerate import PartialState
+from comfyui_psa.training.base import ImageCoder, open_base
+from comfyui_psa.training.config import TrainConfig
+from comfyui_psa.training.data.cache import build_cache
+
+encode, images = ImageCoder.encode, 0
+
+def counted(self, batch):
+    global images
+    images += len(batch)
+    return encode(self, batch)
+
+ImageCoder.encode = counted
+config = TrainConfig.model_validate_json(sys.stdin.read())
+cached = build_cache(
+    config, config.data.train, open_base(config.model.base), [], {}, PartialState(cpu=True), shard_rows=2
+)
+print(images, len(cached))
+"""
+
+
+def build_in_processes(config: TrainConfig, count: int) -> list[str]:
+    """Build a cache in processes that know each other, as `accelerate launch` starts them; return what they print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in range(count):
+        ranks = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", PROCESS],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **ranks},
+            )
+        )
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(config.model_dump_json())
+        process.stdin.flush()
+        process.stdin.close()
+        process.stdin = None
+    outputs = [process.communicate(timeout=180)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count
+    return outputs
+
+
+def test_two_processes_share_the_work(config: TrainConfig, tmp_path: Path) -> None:
+    config = changed(config, "data", cache_batch_size=2)
+    # Shards of two rows: the first process has rows 0, 1 and 4, the second one 2 and 3.
+    assert [output.split() for output in build_in_processes(config, 2)] == [["6", "5"], ["4", "5"]]
+    base = watch(config)
+    together = build(config, base)
+    assert base.loaded == []
+    assert cached_values(together) == cached_values(build(changed(config, "data", cache=tmp_path / "fresh")))
