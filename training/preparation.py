@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -24,8 +24,6 @@ from .dpo.batches import Batches
 from .dpo.draws import Draws
 from .dpo.trainable import standardise
 from .errors import DataError
-
-SEEN, UNSEEN = "seen", "unseen"
 
 
 @dataclass(frozen=True)
@@ -52,33 +50,28 @@ def prepare_data(
         DataError: a source cannot be used, or a split of unseen users holds users of the training data.
     """
     validation = config.validation
-    captions = validation.grid_prompts if validation.grid_every else ()
-
-    def cache(source: str | None, *, extra: bool = False) -> CachedPairs:
-        path = config.data.train if source is None else getattr(validation, source)
-        profiles = _grid_profiles(config) if extra else {}
-        return build_cache(config, path, base, captions if extra else (), profiles, state, progress)
-
-    cached = cache(None, extra=True)
     looking = validation.every > 0
+    captions = validation.grid_prompts if validation.grid_every else ()
+    cached = build_cache(config, config.data.train, base, captions, _grid_profiles(config), state, progress)
     split = split_pairs(
         cached.row_users,
         validation.held_out if looking and validation.seen is None else 0,
         validation.unseen_users if looking and validation.unseen is None else 0,
         draws.generator("split", 0),
     )
-    train = Batches(cached, split.train, draws, config.data.resolution)
-    batches = {}
-    for name, indices in ((SEEN, split.seen), (UNSEEN, split.unseen)):
-        if looking and getattr(validation, name) is not None:
-            other = cache(name)
-            batches[name] = Batches(other, range(len(other)), draws, config.data.resolution)
-        elif indices:
-            batches[name] = Batches(cached, indices, draws, config.data.resolution)
-    data = TrainingData(cached, train, batches, dict(_grid_users(config, cached)))
-    if looking and validation.unseen is not None:
-        _check_unseen(set(data.users), set(cache(UNSEEN).users), config)
-    return data
+
+    def batches(pairs: CachedPairs, indices: Sequence[int]) -> Batches:
+        return Batches(pairs, indices, draws, config.data.resolution)
+
+    splits = {name: batches(cached, indices) for name, indices in (("seen", split.seen), ("unseen", split.unseen))}
+    for name, path in (("seen", validation.seen), ("unseen", validation.unseen)):
+        if looking and path is not None:
+            other = build_cache(config, path, base, (), {}, state, progress)
+            splits[name] = batches(other, range(len(other)))
+            if name == "unseen":
+                _check_unseen({cached.row_users[i] for i in split.train}, set(other.users), config)
+    validated = {name: found for name, found in splits.items() if found.indices}
+    return TrainingData(cached, batches(cached, split.train), validated, dict(_grid_users(config, cached)))
 
 
 def make_adapter(config: TrainConfig, base: BaseModel, data: TrainingData) -> PSAAdapter:

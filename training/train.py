@@ -23,6 +23,7 @@ from .config import TrainConfig
 from .dpo.checkpoints import Checkpoints
 from .dpo.draws import Draws
 from .dpo.grids import draw_grid
+from .dpo.optimizers import check_optimizer
 from .dpo.plan import Plan, plan
 from .dpo.policy import DTYPES, Policy, configure_unet
 from .dpo.report import write_report
@@ -61,8 +62,11 @@ def train(config: TrainConfig, console: Console) -> Path:
         StoppedError: SIGINT or SIGTERM came; the last step is saved.
     """
     accelerator = _make_accelerator(config)
-    Checkpoints(accelerator, config).start()
     base = open_base(config.model.base, config.model.prediction_type)
+    # What cannot work is refused before anything is cached.
+    Checkpoints(accelerator, config).start()
+    check_optimizer(config.optimizer, accelerator.device)
+    configure_unet(base.empty_unet(), config.model)
     scheduler = base.noise_scheduler()
     draws = Draws(
         seed=config.run.seed,
@@ -128,7 +132,7 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
             # What is trained is float32; the frozen UNet has its dtype from the configuration.
             mixed_precision="no",
             gradient_accumulation_plugin=steps,
-            log_with=list(config.tracking.trackers),
+            log_with=list(config.tracking.trackers) or None,
             project_config=folders,
         )
     except ValueError as error:
@@ -202,10 +206,16 @@ def _draw_grid(config: TrainConfig, base: BaseModel, data: TrainingData, trainer
             seed=config.run.seed,
             resolution=config.data.resolution,
         )
-        folder = config.run.output / "grids"
-        folder.mkdir(exist_ok=True)
-        with replacing(folder / f"step-{step:06d}.png") as aside:
-            image.save(aside, format="PNG")
+        path = config.run.output / "grids" / f"step-{step:06d}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as aside:
+                image.save(aside, format="PNG")
+        except OSError as error:
+            raise TrainingError(
+                f"{path} cannot be written ({error.strerror}). Make room there, and go on from the last checkpoint: "
+                "--set run.resume=latest."
+            ) from None
         trainer.log_image("grid", image)
     trainer.accelerator.wait_for_everyone()
 

@@ -90,15 +90,16 @@ class _Output(io.StringIO):
         return count
 
 
-def interrupt(config: TrainConfig, after: int, act: Callable[[], None]) -> str:
-    """Run in this process and ``act`` as soon as step ``after`` is reported; return the message of its end."""
-    output = _Output(step_line(after), act)
-    with (
-        mock.patch.object(recipe, "write_report"),
-        pytest.raises((KilledError, recipe.StoppedError)) as caught,
-    ):
-        recipe.train(config, Console(file=output, width=200))
-    return str(caught.value)
+def run_with(config: TrainConfig, after: int, act: Callable[[], None]) -> None:
+    """Run in this process and ``act`` as soon as step ``after`` is reported."""
+    with mock.patch.object(recipe, "write_report"):
+        recipe.train(config, Console(file=_Output(step_line(after), act), width=200))
+
+
+def interrupt(config: TrainConfig, after: int, act: Callable[[], None]) -> None:
+    """As ``run_with``, of a run that must not come to its end."""
+    with pytest.raises((KilledError, recipe.StoppedError)):
+        run_with(config, after, act)
 
 
 def resumed(config: TrainConfig, resume: str = "latest") -> TrainConfig:

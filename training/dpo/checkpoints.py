@@ -33,6 +33,13 @@ _FIXED = (
     "data.flip",
     "adapter.null",
     "adapter.standardise",
+    # A checkpoint brings these back, so a changed one would be ignored.
+    "optimizer.kind",
+    "optimizer.learning_rate",
+    "optimizer.betas",
+    "optimizer.weight_decay",
+    "optimizer.epsilon",
+    "optimizer.ema_decay",
     "validation.seen",
     "validation.unseen",
     "validation.held_out",
@@ -68,7 +75,8 @@ class Checkpoints:
         main = self._accelerator.is_main_process
         try:
             if main:
-                shutil.rmtree(aside, ignore_errors=True)
+                for killed in self._folder.glob(".step-*.partial"):
+                    shutil.rmtree(killed, ignore_errors=True)
                 aside.mkdir(parents=True)
             self._accelerator.wait_for_everyone()
             self._accelerator.save_state(str(aside))
@@ -78,10 +86,10 @@ class Checkpoints:
                 state = {**progress._asdict(), "config": self._config.model_dump(mode="json")}
                 (aside / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
                 _sync(aside)
-                shutil.rmtree(target, ignore_errors=True)
+                _remove(target)
                 aside.rename(target)
                 _sync(self._folder)
-                self._prune()
+                self._prune(target)
         except (OSError, RuntimeError, SafetensorError, AdapterError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             last = self.latest()
@@ -135,6 +143,8 @@ class Checkpoints:
             self._accelerator.load_state(str(folder))
         except DAMAGE as error:
             raise _damaged(folder, error) from None
+        # A saved step is whole. accelerate would go on counting micro-batches, and cut steps of another number wrongly.
+        self._accelerator.step = 0
         return Progress(state["step"], state["samples"])
 
     def _check(self, found: dict[str, Any], folder: Path) -> None:
@@ -148,14 +158,23 @@ class Checkpoints:
             if was != now:
                 raise TrainingError(
                     f"{folder} was made with {key} = {was}, but the configuration says {now}. Resume with the same "
-                    "model, data, split, adapter and seed, or start a new run in another run.output."
+                    "model, data, split, adapter, optimizer and seed, or start a new run in another run.output."
                 )
 
-    def _prune(self) -> None:
-        limit = self._config.run.checkpoints_total_limit
-        if limit is not None:
-            for path in sorted(self._folder.glob("step-*"), key=_step)[:-limit]:
-                shutil.rmtree(path, ignore_errors=True)
+    def _prune(self, newest: Path) -> None:
+        """Remove the oldest, and what a run that went on from before them had saved: ``newest`` is the latest."""
+        paths = sorted(self._folder.glob("step-*"), key=_step)
+        until_now = [path for path in paths if _step(path) <= _step(newest)]
+        kept = until_now[-(self._config.run.checkpoints_total_limit or len(until_now)) :]
+        for path in paths:
+            if path not in kept:
+                _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint so that it is none from the first moment on."""
+    (checkpoint / _STATE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _step(path: Path) -> int:

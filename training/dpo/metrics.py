@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ...adapter import PSAAdapter
 from ...safe_files import replacing
+from ..errors import TrainingError
 from .denoising import PairBatch
 from .loss import DPOLoss, PairErrors
 
@@ -80,6 +82,32 @@ def adapter_norms(adapter: PSAAdapter) -> dict[str, float]:
     }
 
 
+class Unlogged:
+    """The records of the steps since the last line; a part of checkpoints, so that a resumed run averages the same."""
+
+    def __init__(self) -> None:
+        """Nothing is noted yet."""
+        self._tables: list[Tensor] = []
+
+    def add(self, table: Tensor) -> None:
+        """Note a step's records."""
+        self._tables.append(table)
+
+    def take(self) -> Tensor:
+        """Return all of them, ``[pairs, columns]``, and forget them."""
+        table = torch.cat(self._tables)
+        self._tables = []
+        return table
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Return what a checkpoint keeps."""
+        return {"tables": self._tables}
+
+    def load_state_dict(self, state: Mapping[str, list[Tensor]]) -> None:
+        """Bring back what a checkpoint kept."""
+        self._tables = list(state["tables"])
+
+
 class MetricsFile:
     """``metrics.jsonl``: curves that survive interruptions and name each step once."""
 
@@ -87,13 +115,23 @@ class MetricsFile:
         """Open the file in ``output``; what an interrupted run noted after ``resumed_step`` is taken back."""
         self._path = output / METRICS
         kept = [line for line in read_metrics(output) if line["step"] <= resumed_step]
-        with replacing(self._path) as aside:
+        with self._writable(), replacing(self._path) as aside:
             aside.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add one line."""
-        with self._path.open("a", encoding="utf-8") as file:
+        """Add one line; raise TrainingError if it cannot be written."""
+        with self._writable(), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"{self._path} cannot be written ({error.strerror}). Make room there, or make the folder writable; "
+                "then go on from the last checkpoint, if there is one: --set run.resume=latest."
+            ) from None
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:

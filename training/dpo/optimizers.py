@@ -14,14 +14,23 @@ from ..config import OptimizerSection
 from ..errors import TrainingError
 
 
+def check_optimizer(section: OptimizerSection, device: torch.device) -> None:
+    """Raise TrainingError if the optimizer cannot run here: 8-bit AdamW without CUDA or without bitsandbytes."""
+    if section.kind != "adamw8bit":
+        return
+    if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
+        reason = "bitsandbytes is not installed" if device.type == "cuda" else f"this device is {device.type}"
+        raise TrainingError(
+            f'optimizer.kind = "adamw8bit" needs a CUDA device and the package bitsandbytes, but {reason}. '
+            'Use "adamw" (the adapter is small) or "adafactor", or install bitsandbytes on a machine with CUDA.'
+        )
+
+
 def make_optimizer(
     parameters: Iterable[nn.Parameter], section: OptimizerSection, device: torch.device
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of the configuration.
-
-    Raises:
-        TrainingError: 8-bit AdamW without CUDA or without bitsandbytes.
-    """
+    """Return the optimizer of the configuration; raise TrainingError as ``check_optimizer`` does."""
+    check_optimizer(section, device)
     common = {"lr": section.learning_rate, "weight_decay": section.weight_decay}
     if section.kind == "adafactor":
         from transformers.optimization import Adafactor
@@ -30,12 +39,6 @@ def make_optimizer(
         return Adafactor(parameters, scale_parameter=False, relative_step=False, warmup_init=False, **common)
     adam: dict[str, Any] = {"betas": section.betas, "eps": section.epsilon, **common}
     if section.kind == "adamw8bit":
-        if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
-            reason = "bitsandbytes is not installed" if device.type == "cuda" else f"this device is {device.type}"
-            raise TrainingError(
-                f'optimizer.kind = "adamw8bit" needs a CUDA device and the package bitsandbytes, but {reason}. '
-                'Use "adamw" (the adapter is small) or "adafactor", or install bitsandbytes on a machine with CUDA.'
-            )
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, **adam)

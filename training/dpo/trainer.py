@@ -22,7 +22,7 @@ from .batches import Batches
 from .checkpoints import Checkpoints, Progress
 from .denoising import PairBatch
 from .loss import diffusion_dpo_loss
-from .metrics import MetricsFile, PairRecords, adapter_norms, summarise
+from .metrics import MetricsFile, PairRecords, Unlogged, adapter_norms, summarise
 from .optimizers import make_optimizer, make_schedule
 from .policy import Policy
 from .signals import StopSignals
@@ -67,7 +67,8 @@ class Trainer:
         # Not prepared: accelerate would step it once per rank.
         self._schedule = make_schedule(optimizer, section, config.run.steps)
         self._ema = EMAModel(self._parameters(), decay=section.ema_decay) if section.ema_decay else None
-        accelerator.register_for_checkpointing(self._schedule, *([self._ema] if self._ema else []))
+        self._unlogged = Unlogged()
+        accelerator.register_for_checkpointing(self._schedule, *([self._ema] if self._ema else []), self._unlogged)
         self._checkpoints = Checkpoints(accelerator, config)
         self.progress = self._checkpoints.resume()
         self._metrics = None
@@ -86,7 +87,6 @@ class Trainer:
             TrainingError: a number is no longer finite, or a checkpoint cannot be written.
         """
         run, tracking = self.config.run, self.config.tracking
-        tables: list[Tensor] = []
         seconds, counted = 0.0, 0
         stopped = False
         if self.progress.step == 0:
@@ -97,13 +97,12 @@ class Trainer:
             table, norm, stopped = self._step(stop)
             seconds += time.perf_counter() - started
             counted += len(table)
-            tables.append(table)
+            self._unlogged.add(table)
             self.progress = Progress(self.progress.step + 1, self.progress.samples + self.pairs_per_step)
             step = self.progress.step
             state = {"gradient_norm": norm, "learning_rate": rate, "pairs_per_second": counted / seconds}
             if step % tracking.every == 0:
-                self._log(step, summarise(torch.cat(tables), self._timesteps) | state | self._adapter_values())
-                tables.clear()
+                self._log(step, summarise(self._unlogged.take(), self._timesteps) | state | self._adapter_values())
                 seconds, counted = 0.0, 0
             last = step == run.steps or stopped
             if last or step % run.checkpoint_every == 0:
@@ -191,8 +190,9 @@ class Trainer:
         rows = sorted({int(row) for row in records.row[bad]}) or sorted({int(row) for row in records.row})
         named = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
         if not bool(records.reference_error.isfinite().all()):
-            likely = f'the base model itself gives no numbers with model.dtype = "{self.config.model.dtype}" (or the '
-            likely += "cached latents of these rows are damaged): try bf16 or fp32"
+            likely = "the cached latents of these rows are damaged (delete the folder data.cache and start again), or "
+            likely += f'the base model itself overflows with model.dtype = "{self.config.model.dtype}"'
+            likely += "" if self.config.model.dtype == "fp32" else " (use bf16 or fp32)"
         elif self.config.model.dtype == "fp16":
             likely = 'model.dtype = "fp16" overflows: use bf16 or fp32'
         else:

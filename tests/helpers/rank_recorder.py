@@ -1,0 +1,38 @@
+"""Run by torchrun: ``psa train`` that notes the hash of its weights after each step, for each rank.
+
+python -m torch.distributed.run --standalone --nproc_per_node 2 rank_recorder.py CONFIG FOLDER
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+import pytest
+from training_runs import observe, run
+
+from comfyui_psa.training.config import load_config
+from comfyui_psa.training.dpo.trainer import StepReport, Trainer
+
+
+def main(config: Path, folder: Path) -> None:
+    """Write ``rank-<n>.txt``: one line for each step."""
+
+    def look(trainer: Trainer, report: StepReport | None) -> None:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(trainer.accelerator.unwrap_model(trainer.vectors).state_dict().items()):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+        accelerator = trainer.accelerator
+        assert accelerator.num_processes == 2
+        step = report.progress.step if report else trainer.progress.step
+        with (folder / f"rank-{accelerator.process_index}.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{step} {digest.hexdigest()}\n")
+
+    with pytest.MonkeyPatch.context() as patch:
+        observe(patch, look)
+        run(load_config(config))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,143 @@
+"""What `psa train` writes, what it says, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from observed_runs import MARKERS, ROWS, STEPS, USERS, Base, Run, embedding, marked_split, train_tiny
+from pairs import read_metadata
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_runs import adapter_file, metrics
+
+from comfyui_psa.adapter import load_adapter
+from comfyui_psa.training.data.users import read_profile
+from comfyui_psa.training.errors import DataError, TrainingError
+
+LN_2 = math.log(2)
+
+
+def test_the_curves_of_a_run(runs: dict[str, Run]) -> None:
+    config = runs["sd"].config
+    by_step = {line["step"]: line for line in metrics(config)}
+    assert list(by_step) == [1, 2, 3]
+    plain = {"loss", "implicit_accuracy", "margin", "gradient_norm", "learning_rate", "pairs_per_second"}
+    plain |= {"chosen_error", "rejected_error", "adapter/projection_norm", "adapter/values_norm"}
+    for line in by_step.values():
+        assert plain <= line.keys()
+    quarters = {f"{side}_error/quarter{i}" for side in ("chosen", "rejected") for i in (1, 2, 3, 4)}
+    assert quarters <= {name for line in by_step.values() for name in line}
+    assert by_step[1]["margin"] == 0
+    assert by_step[1]["implicit_accuracy"] == 0.5
+    assert by_step[3]["learning_rate"] == 1e-2
+
+    events = EventAccumulator(str(config.run.output / "logs" / "psa"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert plain | quarters <= tags
+    for name in plain:
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(
+            [line[name] for line in by_step.values()], rel=1e-6
+        )
+    assert events.Tags()["images"] == ["grid"]
+
+
+def test_held_out_pairs_and_unseen_users_are_looked_at_apart(runs: dict[str, Run]) -> None:
+    text = (runs["sd"].config.run.output / "metrics.jsonl").read_text()
+    lines = [line for line in map(json.loads, text.splitlines()) if "seen/loss" in line]
+    assert [line["step"] for line in lines] == [0, 2, 3]
+    for split in ("seen", "unseen"):
+        assert lines[0][f"{split}/loss"] == pytest.approx(LN_2, rel=1e-6)
+        assert all(f"{split}/chosen_error/quarter{i}" in lines[0] for i in (1, 2, 3, 4))
+        assert lines[2][f"{split}/loss"] != lines[1][f"{split}/loss"] != lines[0][f"{split}/loss"]
+    assert lines[2]["seen/loss"] != lines[2]["unseen/loss"]
+
+
+def test_users_that_training_knows_are_not_unseen(runs: dict[str, Run], split: Path, tmp_path: Path) -> None:
+    settings = {"validation.every": 1, "validation.unseen": split.with_name("seen")}
+    with pytest.raises(DataError, match=r"5 users of .*seen are also in .*train .*they are not unseen"):
+        train_tiny(runs["sd"].base, split, tmp_path / "run", settings)
+
+
+def test_picture_report_and_last_words(runs: dict[str, Run]) -> None:
+    output = runs["sd"].config.run.output
+    with PIL.Image.open(output / "grids" / "step-000003.png") as grid:
+        assert grid.width > 7 * 64  # base, L0 to L5
+        assert grid.height > 64
+    report = (output / "training_report.md").read_text(encoding="utf-8")
+    assert f"{STEPS} of {STEPS}" in report
+    assert f"{ROWS} of {USERS} users" in report
+    assert "grids/step-000003.png" in report
+    assert f"step {STEPS}/{STEPS}" in runs["sd"].said
+    assert f"{adapter_file(runs['sd'].config)}: put it into ComfyUI's models/psa_adapters." in runs["sd"].said
+
+
+def test_nothing_in_the_output_tells_of_users(runs: dict[str, Run], split: Path) -> None:
+    users = [row["user_data"] for name in ("train", "seen", "unseen") for row in read_metadata(split.with_name(name))]
+    words = {value for user in users for value in user.values() if isinstance(value, str) and len(value) > 5}
+    assert {"qanzibel-1", *MARKERS.values()} <= words
+    assert len(words) > 15
+    files = [path for path in runs["sd"].config.run.output.rglob("*") if path.is_file()]
+    names = {path.suffix for path in files}
+    assert {".safetensors", ".bin", ".json", ".jsonl", ".md", ".png", ".yml"} <= names
+    for path in files:
+        content = path.read_bytes().decode("latin-1")
+        assert not [word for word in words if word in content], path
+
+
+def test_a_user_without_embedding_is_an_error_that_names_the_row(
+    bases: dict[str, Base], split: Path, tmp_path: Path
+) -> None:
+    embeddings = tmp_path / "embeddings"
+    embeddings.mkdir()
+    users = {row["user_data"]["User_ID"]: row["user_data"] for row in read_metadata(split)}
+    for user, values in users.items():
+        if user != "qanzibel-3":
+            np.save(embeddings / f"{user}.npy", embedding(read_profile(values, user))[0].numpy())
+    settings = {"data.embeddings": embeddings}
+    with pytest.raises(DataError, match=r"row 3 of metadata.jsonl: There is no embedding of the user qanzibel-3"):
+        train_tiny(bases["sd"], split, tmp_path / "run", settings)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+    found = train_tiny(bases["sd"], split, tmp_path / "run", {**settings, "data.max_skipped": 2, "run.steps": 1})
+    history = load_adapter(adapter_file(found.config)).config.training
+    assert (history["pairs"], history["users"]) == (ROWS - 2, USERS - 1)
+
+
+def test_a_broken_image_is_an_error_that_names_the_row_or_a_reported_exception(
+    bases: dict[str, Base], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = marked_split(tmp_path / "data")
+    broken = data / "000004_rejected.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"row 5 of metadata.jsonl: .*000004_rejected.png cannot be read as an image"):
+        train_tiny(bases["sd"], data, tmp_path / "run", {})
+
+    settings = {"data.max_skipped": 1, "run.steps": 1}
+    found = train_tiny(bases["sd"], data, tmp_path / "run", settings, report=True)
+    (record,) = [record for record in caplog.records if "left out" in record.message]
+    assert "000004_rejected.png" in record.message
+    assert load_adapter(adapter_file(found.config)).config.training["pairs"] == ROWS - 1
+    report = (found.config.run.output / "training_report.md").read_text(encoding="utf-8")
+    assert "| rows left out | 1 |" in report
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer.kind": "adamw8bit"}, r"adamw8bit.* needs a CUDA device .*this device is cpu.*\"adamw\""),
+        ({"model.attention": "xformers"}, r"model.attention = \"xformers\" cannot be used here .*\"sdpa\""),
+        ({"tracking.trackers": ("nonsense",)}, r"tracking.trackers = \['nonsense'\] cannot be used"),
+    ],
+)
+def test_what_this_machine_has_not(
+    bases: dict[str, Base], split: Path, tmp_path: Path, settings: Mapping[str, Any], message: str
+) -> None:
+    with pytest.raises(TrainingError, match=message):
+        train_tiny(bases["sd"], split, tmp_path / "run", settings)
