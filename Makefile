@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 COMFYUI := .runtime/comfyui
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test demo venv runtime browser lint format benchmark clean
+.PHONY: test demo venv runtime browser lint format benchmark benchmark-training clean
 
 test: venv browser
 	$(BIN)/python -m pytest
@@ -63,6 +63,10 @@ format: $(VENV)/.ready
 
 benchmark: venv
 	PYTHONPATH=$(COMFYUI) $(BIN)/python benchmarks/sampling.py
+
+# One thread: two on a machine that does something else besides are slower than one, and scatter.
+benchmark-training: venv
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
 
 clean:
 	rm -rf $(VENV) .runtime build *.egg-info

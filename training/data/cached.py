@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -39,9 +40,7 @@ class CachedPairs:
     ) -> None:
         """Join the parts of a cache; ``skipped`` are reports by row number."""
         self._pairs = pairs
-        self._latents = latents.with_format("numpy")
-        self._captions = captions.with_format("numpy")
-        self._users = users.with_format("numpy")
+        self._latents, self._captions, self._users = _Tensors(latents), _Tensors(captions), _Tensors(users)
         self._rows = [row for row in range(len(pairs)) if row not in skipped]
         self._caption_at = {caption: position for position, caption in enumerate(captions["caption"][:])}
         known = enumerate(zip(users["user_id"][:], users["problem"][:], strict=True))
@@ -58,14 +57,15 @@ class CachedPairs:
     def row(self, index: int) -> CachedRow:
         """Return the usable pair ``index``, from 0."""
         row = self._rows[index]
-        pair, latents = self._pairs[row], self._latents[row]
+        pair, latents = self._pairs[row], self._latents.row(row)
+        original_size, top_left = (tuple(latents[name].int().tolist()) for name in ("original_size", "top_left"))
         return CachedRow(
             row=row,
             user_id=pair["user_id"],
             caption=pair["caption"],
-            chosen=_tensor(latents["chosen"]),
-            rejected=_tensor(latents["rejected"]),
-            crop=Crop(_two(latents["original_size"]), _two(latents["top_left"]), bool(latents["flipped"])),
+            chosen=latents["chosen"],
+            rejected=latents["rejected"],
+            crop=Crop(original_size, top_left, bool(latents["flipped"])),
         )
 
     def text(self, caption: str) -> TextEmbedding:
@@ -77,9 +77,8 @@ class CachedPairs:
         position = self._caption_at.get(caption)
         if position is None:
             raise DataError(f'The caption "{caption}" is not in the cache. Name it when the cache is built.')
-        found = self._captions[position]
-        pooled = found.get("pooled")
-        return TextEmbedding(_tensor(found["hidden"]), None if pooled is None else _tensor(pooled))
+        found = self._captions.row(position)
+        return TextEmbedding(found["hidden"], found.get("pooled"))
 
     def user(self, user_id: str) -> Tensor:
         """Return the embedding ``[dim]`` of a user of the rows, or of an extra one.
@@ -90,14 +89,26 @@ class CachedPairs:
         position = self._user_at.get(user_id)
         if position is None:
             raise DataError(f"The user {user_id} is not in the cache. Name them when the cache is built.")
-        return _tensor(self._users[position]["embedding"])
+        return self._users.row(position)["embedding"]
 
 
-def _tensor(values: np.ndarray) -> Tensor:
-    """Copy: what Arrow maps into memory may not be written to."""
-    return torch.from_numpy(np.array(values, dtype=np.float32))
+class _Tensors:
+    """The numbers of a cached part, row by row; read from Arrow itself, which is several times faster than formats."""
 
+    def __init__(self, part: Dataset) -> None:
+        self._part = part.with_format("arrow")
+        self._shapes = {name: getattr(feature, "shape", (-1,)) for name, feature in part.features.items()}
 
-def _two(values: np.ndarray) -> tuple[int, int]:
-    first, second = values.tolist()
-    return first, second
+    def row(self, index: int) -> dict[str, Tensor]:
+        """Return all columns that hold numbers as float32 tensors that belong to the caller."""
+        table = self._part[index]
+        tensors = {}
+        for name, shape in self._shapes.items():
+            values = table.column(name).chunk(0)
+            values = values.storage if isinstance(values, pa.ExtensionArray) else values
+            while pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type):
+                values = values.flatten()
+            if not (pa.types.is_string(values.type) or pa.types.is_null(values.type)):
+                numbers = np.array(values.to_numpy(zero_copy_only=False), dtype=np.float32)
+                tensors[name] = torch.from_numpy(numbers.reshape(shape))
+        return tensors
