@@ -7,6 +7,6 @@ import sys
 
 from .cli import main
 
-if len(sys.argv) > 1 and sys.argv[1].endswith(".toml"):
+if len(sys.argv) > 1 and (sys.argv[1].endswith(".toml") or sys.argv[1].startswith(("--set", "--dry-run"))):
     sys.argv.insert(1, "train")
 main()

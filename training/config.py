@@ -94,7 +94,6 @@ class DataSection(Section):
     crop: Literal["center", "random"] = "center"
     flip: bool = Field(True, description="mirror a pair with probability one half")
     cache_batch_size: PositiveInt = 8
-    streaming: bool = Field(False, description="read the source shard by shard, for sets larger than memory and disk")
     max_skipped: NonNegativeInt = Field(0, description="how many unusable rows may be left out, each reported")
 
 

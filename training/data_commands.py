@@ -29,14 +29,13 @@ _SHOWN = 10
 def check_data(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Sage split folder, or a datasets folder.")],
     embeddings: Annotated[Path | None, typer.Option(help="The folder of <User_ID>.npy, if you train with one.")] = None,
-    streaming: Annotated[bool, typer.Option("--streaming", help="Read parquet files where they lie.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read images.")] = os.cpu_count() or 1,
 ) -> None:
     """Read a whole set of preference pairs and report what is in it; exit code 1 if it cannot be trained on."""
     with _training_parts():
         from .data.check import check_pairs
     with Progress(SpinnerColumn(), TextColumn("{task.completed} rows read"), console=_messages()) as progress:
-        report = check_pairs(folder, embeddings, streaming, workers, progress)
+        report = check_pairs(folder, embeddings, workers, progress)
     console = Console(soft_wrap=True, highlight=False)
     console.print(_summary(report))
     for title, findings in (report.obstacles | report.oddities).items():
@@ -74,7 +73,7 @@ def encode(
         from .data.users import distinct_users, encode_users, make_encoder, read_users
     # Processes on CPUs are each alone unless the state is told of the CPU.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
-    table = read_users(users) if users.is_file() else distinct_users(open_pairs(users, streaming=True))
+    table = read_users(users) if users.is_file() else distinct_users(open_pairs(users))
     share = dict(islice(table.items(), state.process_index, None, state.num_processes))
     columns = (TextColumn("users"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_messages(), disable=not state.is_local_main_process) as progress:

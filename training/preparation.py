@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,6 +25,8 @@ from .dpo.batches import Batches
 from .dpo.draws import Draws
 from .dpo.trainable import standardise
 from .errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def prepare_data(
     validation = config.validation
     looking = validation.every > 0
     captions = validation.grid_prompts if validation.grid_every else ()
+    grid_users = _grid_users_from_folder(config)
     cached = build_cache(config, config.data.train, base, captions, _grid_profiles(config), state, progress)
     split = split_pairs(
         cached.row_users,
@@ -63,15 +67,24 @@ def prepare_data(
     def batches(pairs: CachedPairs, indices: Sequence[int]) -> Batches:
         return Batches(pairs, indices, draws, config.data.resolution)
 
-    splits = {name: batches(cached, indices) for name, indices in (("seen", split.seen), ("unseen", split.unseen))}
+    def mixed(indices: Sequence[int]) -> list[int]:
+        # Only the first ones are looked at, and a set may be sorted by user.
+        order = torch.randperm(len(indices), generator=draws.generator("validation order", 0))
+        return [indices[int(i)] for i in order]
+
+    splits = {
+        name: batches(cached, mixed(indices)) for name, indices in (("seen", split.seen), ("unseen", split.unseen))
+    }
     for name, path in (("seen", validation.seen), ("unseen", validation.unseen)):
         if looking and path is not None:
             other = build_cache(config, path, base, (), {}, state, progress)
-            splits[name] = batches(other, range(len(other)))
+            splits[name] = batches(other, mixed(range(len(other))))
             if name == "unseen":
                 _check_unseen({cached.row_users[i] for i in split.train}, set(other.users), config)
     validated = {name: found for name, found in splits.items() if found.indices}
-    return TrainingData(cached, batches(cached, split.train), validated, dict(_grid_users(config, cached)))
+    return TrainingData(
+        cached, batches(cached, split.train), validated, grid_users or dict(_grid_users(config, cached))
+    )
 
 
 def make_adapter(config: TrainConfig, base: BaseModel, data: TrainingData) -> PSAAdapter:
@@ -100,6 +113,11 @@ def make_adapter(config: TrainConfig, base: BaseModel, data: TrainingData) -> PS
             training=_history(config, base, data),
         )
     )
+    if config.adapter.standardise and len(embeddings) < 2:
+        raise DataError(
+            "All training pairs belong to one user: there is nothing to standardise, and the adapter would hold that "
+            "user's embedding. Add users, or set adapter.standardise = false."
+        )
     if config.adapter.standardise:
         standardise(adapter, embeddings)
     return adapter
@@ -140,14 +158,32 @@ def _grid_profiles(config: TrainConfig) -> dict[str, Profile]:
     return {level.id: level.profile for level in levels()}
 
 
+def _grid_users_from_folder(config: TrainConfig) -> dict[str, Tensor]:
+    """Read the embeddings of the grids' columns before anything is cached: a wrong id should be known early."""
+    folder, names = config.data.embeddings, config.validation.grid_users
+    if not config.validation.grid_every or folder is None:
+        return {}
+    if not names:
+        logger.warning(
+            "PSA: no image grids will be drawn: with data.embeddings the levels have no embeddings. Name User_IDs of "
+            "that folder in validation.grid_users."
+        )
+    try:
+        return {name: load_user_embedding(folder, name) for name in names}
+    except DataError as error:
+        raise DataError(f"validation.grid_users: {error}") from None
+
+
 def _grid_users(config: TrainConfig, cached: CachedPairs) -> Iterator[tuple[str, Tensor]]:
-    if not config.validation.grid_every:
+    if not config.validation.grid_every or config.data.embeddings is not None:
         return
-    for name in _grid_profiles(config):
+    for name in config.validation.grid_users or _grid_profiles(config):
+        if name not in cached.users and config.validation.grid_users:
+            raise DataError(
+                f"validation.grid_users names {name}, who is no user of {config.data.train}. Name User_IDs of that "
+                "data, or leave the line out for the levels L0 to L5."
+            )
         yield name, cached.user(name)
-    for name in config.validation.grid_users:
-        folder = config.data.embeddings
-        yield name, load_user_embedding(folder, name) if folder is not None else cached.user(name)
 
 
 def _check_unseen(training: set[str], unseen: set[str], config: TrainConfig) -> None:

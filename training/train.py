@@ -51,7 +51,9 @@ def dry_run(config: TrainConfig) -> Plan:
     """Return what a run would be, without loading a weight or reading a pair."""
     known = config.data.embeddings is None and config.data.encoder.kind == "attributes"
     base = open_base(config.model.base, config.model.prediction_type)
-    return plan(config, base, ranks=1, embedding_dim=ATTRIBUTES_DIM if known else None)
+    return plan(
+        config, base, ranks=int(os.environ.get("WORLD_SIZE", "1")), embedding_dim=ATTRIBUTES_DIM if known else None
+    )
 
 
 def train(config: TrainConfig, console: Console) -> Path:
@@ -62,9 +64,9 @@ def train(config: TrainConfig, console: Console) -> Path:
         StoppedError: SIGINT or SIGTERM came; the last step is saved.
     """
     accelerator = _make_accelerator(config)
-    base = open_base(config.model.base, config.model.prediction_type)
     # What cannot work is refused before anything is cached.
-    Checkpoints(accelerator, config).start()
+    Checkpoints(accelerator, config, {}).start()
+    base = open_base(config.model.base, config.model.prediction_type)
     check_optimizer(config.optimizer, accelerator.device)
     configure_unet(base.empty_unet(), config.model)
     scheduler = base.noise_scheduler()
@@ -149,10 +151,12 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
+    # They may go to another machine: names instead of paths, and no users.
     settings = {
-        f"{section}.{name}": value if isinstance(value, (int, float, str, bool)) else str(value)
-        for section, values in config.model_dump(mode="json").items()
+        f"{section}.{name}": value.name if isinstance(value, Path) else value
+        for section, values in config.model_dump().items()
         for name, value in values.items()
+        if isinstance(value, (int, float, str, bool, Path))
     }
     # TensorBoard: what an interrupted run wrote after its checkpoint is taken back.
     tensorboard: dict[str, Any] = {"purge_step": step + 1} if step else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,8 @@ def train(
         from . import train as recipe
     except ModuleNotFoundError as error:
         raise TrainingError(f"Training needs {error.name}: pip install -e '.[train]' in this pack's folder.") from None
+    if dry_run and os.environ.get("RANK", "0") != "0":
+        return
     if dry_run:
         Console(highlight=False).print(recipe.dry_run(settings))
         return

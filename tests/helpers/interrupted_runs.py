@@ -124,7 +124,7 @@ def adapter_weights(path: Path) -> dict[str, Tensor]:
 
 def full_state(folder: Path) -> dict[str, Any]:
     """Everything that a checkpoint brings back: weights, optimizer, schedule, moving average, progress."""
-    pickles = ("optimizer.bin", *(path.name for path in sorted(folder.glob("custom_checkpoint_*.pkl"))))
+    pickles = ("optimizer.bin", "parts.pt")
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return {
         "adapter": adapter_weights(folder / "adapter.safetensors"),

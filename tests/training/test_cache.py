@@ -147,7 +147,7 @@ def test_a_streamed_table_gives_the_same(config: TrainConfig, tmp_path: Path) ->
     table.mkdir()
     for shard, rows in enumerate((images[:2], images[2:])):
         pq.write_table(Dataset.from_list(rows).data.table, table / f"{shard}.parquet")
-    from_table = changed(config, "data", train=table, streaming=True)
+    from_table = changed(config, "data", train=table)
     assert cached_values(build(from_table)) == cached_values(build(config))
 
 
@@ -244,6 +244,6 @@ def test_settings_that_change_nothing_share_the_cache(config: TrainConfig) -> No
     fixed = changed(config, "data", flip=False)
     first = build(fixed)
     base = watch(config)
-    second = build(changed(changed(fixed, "run", seed=9), "data", streaming=True), base)
+    second = build(changed(fixed, "run", seed=9), base)
     assert base.loaded == []
     assert cached_values(first) == cached_values(second)

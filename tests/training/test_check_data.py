@@ -40,8 +40,8 @@ def sage(tmp_path: Path) -> Path:
     return write_sage_split(tmp_path / "sage", rows=6, users=2)
 
 
-def _check(folder: Path, embeddings: Path | None = None, streaming: bool = False) -> Report:
-    return check_pairs(folder, embeddings, streaming, workers=2)
+def _check(folder: Path, embeddings: Path | None = None) -> Report:
+    return check_pairs(folder, embeddings, workers=2)
 
 
 def _found(report: Report) -> dict[str, list[str]]:
@@ -275,10 +275,7 @@ def test_repeated_rows_and_copies_of_files_are_found(sage: Path) -> None:
     assert report.reasons == ()
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streaming"])
-def test_a_table_with_its_images_inside(
-    sage: Path, tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_with_its_images_inside(sage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
     rows = read_metadata(sage)
     for row in rows:
@@ -287,7 +284,7 @@ def test_a_table_with_its_images_inside(
     rows[4]["chosen"] = rows[5]["chosen"] = b"nonsense"
     (tmp_path / "table").mkdir()
     Dataset.from_list([*rows, rows[0]]).to_parquet(tmp_path / "table" / "a.parquet")
-    report = _check(tmp_path / "table", streaming=streaming)
+    report = _check(tmp_path / "table")
     assert (report.rows, report.users) == (7, 2)
     assert report.sizes == {(40, 32): 9}
     assert report.same_images == ["row 4 of a.parquet: the chosen and the rejected image are the same."]

@@ -177,7 +177,9 @@ def test_a_learning_rate_that_blows_up_stops_and_nothing_is_overwritten(workplac
         run(resumed(config))
     assert folder_bytes(tmp_path / "run") == before
     message = str(caught.value)
-    assert re.match(r"Step 2 gave numbers that are not finite \(rows \d, \d of the training data\)\. ", message)
+    assert re.match(
+        r"Step 2 gave numbers that are not finite \(rows \d, \d of the training data, counted from 0\)\. ", message
+    )
     assert "optimizer.learning_rate = 1e+30 is too high" in message
     assert f"the last checkpoint is {checkpoint(config, 1)}" in message
 
@@ -193,7 +195,9 @@ def test_latents_that_are_not_finite_name_their_row(workplace: Workplace, tmp_pa
     with pytest.raises(TrainingError) as caught:
         run(config)
     message = str(caught.value)
-    found = re.match(r"Step (\d) gave numbers that are not finite \(rows 5 of the training data\)", message)
+    found = re.match(
+        r"Step (\d) gave numbers that are not finite \(rows 5 of the training data, counted from 0\)", message
+    )
     assert found is not None, message
     assert "the cached latents of these rows are damaged" in message
     saved = [step for step in (2, 4, 6) if step < int(found[1])]

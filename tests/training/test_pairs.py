@@ -98,7 +98,6 @@ def test_pairs_can_be_read_more_than_once(sage: Path) -> None:
     assert list(pairs) == list(pairs)
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streaming"])
 @pytest.mark.parametrize("users", [list, _flat, _as_json], ids=["struct", "columns", "json text"])
 @pytest.mark.parametrize("images", [lambda path: path.name, Path.read_bytes], ids=["paths", "bytes"])
 @pytest.mark.parametrize("write", [_parquet, _saved])
@@ -107,25 +106,23 @@ def test_a_datasets_folder_has_the_same_pairs(
     write: Writer,
     images: Callable[[Path], Any],
     users: Callable[[list[Row]], list[Row]],
-    streaming: bool,
 ) -> None:
     folder = sage.parent / "table"
     write(folder, users(_table_rows(sage, images)))
     for image in sage.glob("*.png"):
         shutil.copy(image, folder)
-    assert _contents(open_pairs(folder, streaming)) == _contents(open_pairs(sage))
+    assert _contents(open_pairs(folder)) == _contents(open_pairs(sage))
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streaming"])
 @pytest.mark.parametrize("write", ["to_parquet", "save_to_disk"])
-def test_the_image_feature_is_taken_as_it_is(sage: Path, write: str, streaming: bool) -> None:
+def test_the_image_feature_is_taken_as_it_is(sage: Path, write: str) -> None:
     # Bytes that no decoder takes: reading a pair must not decode them.
     rows = _table_rows(sage, lambda path: {"bytes": path.name.encode(), "path": None})
     folder = sage.parent / "table"
     folder.mkdir()
     table = Dataset.from_list(rows).cast_column("chosen", Image()).cast_column("rejected", Image())
     getattr(table, write)(folder / "a.parquet" if write == "to_parquet" else folder)
-    pairs = list(open_pairs(folder, streaming))
+    pairs = list(open_pairs(folder))
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [
         (row["chosen"]["bytes"], row["rejected"]["bytes"]) for row in rows
     ]
@@ -141,12 +138,10 @@ def test_shards_of_jsonl_are_read_in_the_order_of_their_names(sage: Path) -> Non
     assert [pair.where for pair in pairs][2:4] == ["row 3 of a.jsonl", "row 1 of b.jsonl"]
 
 
-def test_streaming_copies_nothing_into_the_cache_of_the_library(sage: Path) -> None:
+def test_reading_copies_nothing_into_the_cache_of_the_library(sage: Path) -> None:
     _parquet(sage.parent / "table", _table_rows(sage, Path.read_bytes))
-    assert len(list(open_pairs(sage.parent / "table", streaming=True))) == 5
-    assert list((sage.parent / "hf_cache").rglob("*.arrow")) == []
     assert len(list(open_pairs(sage.parent / "table"))) == 5
-    assert len(list((sage.parent / "hf_cache").rglob("*.arrow"))) == 2
+    assert list((sage.parent / "hf_cache").rglob("*.arrow")) == []
 
 
 def test_rows_of_tables_are_named_by_their_shard(sage: Path) -> None:
@@ -154,7 +149,7 @@ def test_rows_of_tables_are_named_by_their_shard(sage: Path) -> None:
     rows[4]["caption"] = ""
     _parquet(sage.parent / "table", rows)
     with pytest.raises(DataError, match=r"^row 2 of a-1\.parquet has no caption"):
-        list(open_pairs(sage.parent / "table", streaming=True))
+        list(open_pairs(sage.parent / "table"))
 
 
 def _change(**columns: Any) -> Callable[[Row], object]:
@@ -221,15 +216,14 @@ def test_a_byte_order_mark_is_no_content(sage: Path) -> None:
     assert list(open_pairs(sage)) == before
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streaming"])
 @pytest.mark.parametrize("write", [_parquet, _saved])
-def test_a_damaged_table_is_an_error_that_names_its_file(sage: Path, write: Writer, streaming: bool) -> None:
+def test_a_damaged_table_is_an_error_that_names_its_file(sage: Path, write: Writer) -> None:
     folder = sage.parent / "table"
     write(folder, _table_rows(sage, Path.read_bytes))
     file = sorted(path for path in folder.iterdir() if path.suffix in (".parquet", ".arrow"))[1]
     os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(DataError, match=f"{file.name} cannot be read"):
-        list(open_pairs(folder, streaming))
+        list(open_pairs(folder))
 
 
 def test_a_category_is_kept_and_printing_a_pair_tells_nothing_of_its_user(sage: Path) -> None:
@@ -309,7 +303,7 @@ def test_images_beside_a_table_count_for_its_fingerprint(
     write(folder, _table_rows(sage, images))
     for image in sage.glob("*.png"):
         shutil.copy(image, folder)
-    prints = [open_pairs(folder).fingerprint(), open_pairs(folder, streaming=True).fingerprint()]
+    prints = [open_pairs(folder).fingerprint(), open_pairs(folder).fingerprint()]
     _touch(folder / "000004_rejected.png")
     prints.append(open_pairs(folder).fingerprint())
     _touch(next(path for path in folder.iterdir() if path.suffix in (".parquet", ".arrow")))

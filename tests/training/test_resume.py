@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +131,8 @@ def test_every_step_moves_what_is_compared(uninterrupted: Callable[[str], TrainC
         found = set(differences(states[one], states[other]))
         assert {f"/weights/{name}" for name in moved} <= found
         assert any(place.startswith("/optimizer.bin/state/0/exp_avg") for place in found)
-        assert any(place.startswith("/custom_checkpoint_0.pkl") for place in found)  # the schedule
-        assert any(place.startswith("/custom_checkpoint_1.pkl/shadow_params") for place in found)
+        assert any(place.startswith("/parts.pt/schedule") for place in found)  # the schedule
+        assert any(place.startswith("/parts.pt/ema/shadow_params") for place in found)
 
 
 def test_the_metrics_name_each_step_once_with_the_same_values(workplace: Workplace, tmp_path: Path) -> None:
@@ -179,7 +181,7 @@ def test_a_line_of_metrics_that_was_cut_off_is_taken_back(begun: TrainConfig) ->
         ("model__prediction_type", "v_prediction", "model.prediction_type"),
         ("data__train", Path("other"), "data.train"),
         ("data__embeddings", Path("other"), "data.embeddings"),
-        ("data__encoder", {"kind": "llm", "name": "someone/else"}, "data.encoder"),
+        ("data__encoder", {"kind": "llm", "name": "someone/else"}, "data.encoder.kind"),
         ("data__resolution", 40, "data.resolution"),
         ("data__flip", True, "data.flip"),
         ("adapter__standardise", False, "adapter.standardise"),
@@ -196,8 +198,39 @@ def test_another_model_data_or_adapter_is_refused_by_name(
     other = workplace.config(begun.run.output, **VARIANTS["adamw"] | {setting: value})
     message = _refusal(resumed(other))
     assert f"step-000002 was made with {named} = " in message
-    section, name = named.split(".")
-    assert f"but the configuration says {getattr(getattr(other, section), name)}." in message
+    assert f"but the configuration says {reduce(getattr, named.split('.'), other)}." in message
+
+
+def test_changed_data_and_another_split_are_refused(workplace: Workplace, begun: TrainConfig, tmp_path: Path) -> None:
+    held_out = workplace.config(tmp_path / "held out", **VARIANTS["adamw"] | LOOKING)
+    interrupt(held_out, 2, terminate)
+    not_looking = workplace.config(tmp_path / "held out", **VARIANTS["adamw"] | LOOKING | {"validation__every": 0})
+    assert "was trained on other pairs" in _refusal(resumed(not_looking))
+
+    copy = shutil.copytree(workplace.folder / "pairs", tmp_path / "pairs")
+    config = workplace.config(tmp_path / "copied", **VARIANTS["adamw"] | {"data__train": copy})
+    interrupt(config, 2, terminate)
+    lines = (copy / "metadata.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (copy / "metadata.jsonl").write_text("".join(lines[:-1]), encoding="utf-8")
+    assert "was trained on other pairs" in _refusal(resumed(config))
+
+
+class _Code:
+    """A pickle that would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("name", ["parts.pt", "optimizer.bin", "random_states_0.pkl"])
+def test_code_in_a_checkpoint_never_runs(begun: TrainConfig, tmp_path: Path, name: str) -> None:
+    torch.save({"schedule": _Code(tmp_path / "ran")}, checkpoint(begun, 2) / name)
+    with suppress(TrainingError):  # accelerate does without the random states
+        run(resumed(begun, str(checkpoint(begun, 2))))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_there_may_be_more_steps_after_a_resume(
@@ -244,7 +277,7 @@ def test_what_was_left_half_saved_is_no_checkpoint(
     assert not partial.exists()
 
 
-@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"])
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "optimizer.bin", "parts.pt"])
 def test_a_damaged_checkpoint_is_named_and_an_earlier_one_goes_on(
     workplace: Workplace, uninterrupted: Callable[[str], TrainConfig], begun: TrainConfig, name: str
 ) -> None:
@@ -297,7 +330,7 @@ def test_the_adapter_of_a_checkpoint_is_what_was_trained(
         same = differences(found, expected) == []
         assert same != averaged
         if averaged:
-            shadow = torch.load(folder / "custom_checkpoint_1.pkl", weights_only=True)["shadow_params"]
+            shadow = torch.load(folder / "parts.pt", weights_only=True)["ema"]["shadow_params"]
             parameters = [found[name] for name in _parameter_names(config)]
             assert differences(parameters, shadow) == []
     assert differences(adapter_weights(adapter_file(config)), found) == []

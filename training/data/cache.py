@@ -59,7 +59,7 @@ def build_cache(
         EncoderError: the language model of ``data.encoder`` cannot be used.
     """
     run = CachePass(config.data.cache, state, shard_rows, progress)
-    pairs = open_pairs(source, config.data.streaming)
+    pairs = open_pairs(source)
     fingerprint = pairs.fingerprint()
     skipped = Skipped(config.data.max_skipped)
     table = _cache_table(run, pairs, fingerprint, source)

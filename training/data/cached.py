@@ -31,7 +31,8 @@ class CachedRow:
 class CachedPairs:
     """The usable pairs of a source. Tensors come in float32, whatever they are stored as, and belong to the caller.
 
-    ``users`` are the ids of the users of the rows, sorted, and ``row_users`` those of each row; ``skipped`` says of
+    ``users`` are the ids of the users of the rows, sorted, ``row_users`` those of each row, and ``source_rows`` their
+    numbers in the source; ``skipped`` says of
     each row that was left out which one it is and why.
     """
 
@@ -41,22 +42,22 @@ class CachedPairs:
         """Join the parts of a cache; ``skipped`` are reports by row number."""
         self._pairs = pairs
         self._latents, self._captions, self._users = _Tensors(latents), _Tensors(captions), _Tensors(users)
-        self._rows = [row for row in range(len(pairs)) if row not in skipped]
+        self.source_rows = tuple(row for row in range(len(pairs)) if row not in skipped)
         self._caption_at = {caption: position for position, caption in enumerate(captions["caption"][:])}
         known = enumerate(zip(users["user_id"][:], users["problem"][:], strict=True))
         self._user_at = {user: position for position, (user, problem) in known if problem is None}
         ids = pairs["user_id"][:]
-        self.row_users: tuple[str, ...] = tuple(ids[row] for row in self._rows)
+        self.row_users: tuple[str, ...] = tuple(ids[row] for row in self.source_rows)
         self.users: tuple[str, ...] = tuple(sorted(set(self.row_users)))
         self.skipped: tuple[str, ...] = tuple(skipped[row] for row in sorted(skipped))
 
     def __len__(self) -> int:
         """Return the number of usable pairs."""
-        return len(self._rows)
+        return len(self.source_rows)
 
     def row(self, index: int) -> CachedRow:
         """Return the usable pair ``index``, from 0."""
-        row = self._rows[index]
+        row = self.source_rows[index]
         pair, latents = self._pairs[row], self._latents.row(row)
         original_size, top_left = (tuple(latents[name].int().tolist()) for name in ("original_size", "top_left"))
         return CachedRow(

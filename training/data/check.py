@@ -78,9 +78,7 @@ class Report:
         return tuple(reasons)
 
 
-def check_pairs(
-    path: Path, embeddings: Path | None, streaming: bool, workers: int, progress: Progress | None = None
-) -> Report:
+def check_pairs(path: Path, embeddings: Path | None, workers: int, progress: Progress | None = None) -> Report:
     """Read every row and every image of the set in ``path`` once, with ``workers`` threads.
 
     With ``embeddings`` every user has to have one there; without, a profile from which an encoder makes one.
@@ -89,7 +87,7 @@ def check_pairs(
         DataError: ``path`` is no set of preference pairs.
     """
     check = _Check(embeddings)
-    pairs = _reported(open_pairs(path, streaming), progress)
+    pairs = _reported(open_pairs(path), progress)
     with ThreadPoolExecutor(workers) as pool:
         while rows := list(islice(pairs, _PAIRS_AT_ONCE)):
             check.look_at(rows, pool)

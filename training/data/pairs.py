@@ -57,11 +57,10 @@ class Pair:
 class Pairs:
     """A source of preference pairs, which may be iterated over as often as needed."""
 
-    def __init__(self, folder: Path, files: tuple[Path, ...], streaming: bool) -> None:
+    def __init__(self, folder: Path, files: tuple[Path, ...]) -> None:
         """Read ``files`` one after the other; the paths of images are relative to ``folder``."""
         self.folder = folder
         self._files = files
-        self._streaming = streaming
 
     def __iter__(self) -> Iterator[Pair]:
         """Yield the pairs in order.
@@ -78,7 +77,7 @@ class Pairs:
         """Yield for every row its pair, or what is wrong with it."""
         number = 0
         for file in self._files:
-            for position, row in _rows(file, self._streaming):
+            for position, row in _rows(file):
                 try:
                     yield self._pair(row, number, f"row {position} of {file.name}")
                 except DataError as error:
@@ -146,7 +145,7 @@ class Pairs:
 
     def _image_paths(self, file: Path) -> Iterator[Path]:
         if file.suffix == ".jsonl":
-            for position, row in _rows(file, self._streaming):
+            for position, row in _rows(file):
                 try:
                     pair = self._pair(row, position, "")
                 except DataError:
@@ -166,13 +165,13 @@ class Pairs:
         return f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode()
 
 
-def open_pairs(path: Path, streaming: bool = False) -> Pairs:
+def open_pairs(path: Path) -> Pairs:
     """Open a Sage split folder, or a folder of the `datasets` library with the same columns.
 
     That is ``metadata.jsonl`` with images beside it; what ``save_to_disk`` wrote; or ``*.jsonl``, ``*.parquet``
     or ``*.arrow`` files. Images are paths relative to the folder, bytes, or the library's Image feature; users
-    are the struct or JSON text ``user_data``, or columns of their own. With ``streaming`` parquet files are read
-    where they lie; otherwise the library first copies them into its cache, from which they are read faster.
+    are the struct or JSON text ``user_data``, or columns of their own. Tables are read where they lie, some rows
+    at a time, and leave no copy anywhere, so a set may be larger than memory and disk.
 
     Raises:
         DataError: there is no such folder, or nothing of this kind in it.
@@ -185,9 +184,9 @@ def open_pairs(path: Path, streaming: bool = False) -> Pairs:
         splits = ", ".join(str(state.parent) for state in sorted(path.glob("*/state.json")))
         raise DataError(f"{path} holds several splits. Name one of them: {splits}.")
     if (path / SAGE_METADATA).is_file():
-        return Pairs(path, (path / SAGE_METADATA,), streaming)
+        return Pairs(path, (path / SAGE_METADATA,))
     if (path / "state.json").is_file():
-        return Pairs(path, _saved_files(path), streaming)
+        return Pairs(path, _saved_files(path))
     files = {kind: tuple(sorted(path.glob(f"*{kind}"))) for kind in _KINDS}
     kinds = [kind for kind in _KINDS if files[kind]]
     if len(kinds) != 1:
@@ -196,7 +195,7 @@ def open_pairs(path: Path, streaming: bool = False) -> Pairs:
             f"{path} is no set of preference pairs: expected {SAGE_METADATA}, a folder of save_to_disk, or files of "
             f"one kind of {', '.join(_KINDS)}; found {found}. Name the folder of one split."
         )
-    return Pairs(path, files[kinds[0]], streaming)
+    return Pairs(path, files[kinds[0]])
 
 
 def _saved_files(folder: Path) -> tuple[Path, ...]:
@@ -209,9 +208,9 @@ def _saved_files(folder: Path) -> tuple[Path, ...]:
         ) from None
 
 
-def _rows(file: Path, streaming: bool) -> Iterator[tuple[int, Any]]:
+def _rows(file: Path) -> Iterator[tuple[int, Any]]:
     """Yield each row of a file behind its position, from 1; in place of what cannot be read, a DataError."""
-    rows = _lines(file) if file.suffix == ".jsonl" else enumerate(_table_rows(file, streaming), start=1)
+    rows = _lines(file) if file.suffix == ".jsonl" else enumerate(_table_rows(file), start=1)
     position = 1
     try:
         with _readable(file):
@@ -235,13 +234,13 @@ def _lines(file: Path) -> Iterator[tuple[int, Any]]:
                 )
 
 
-def _table_rows(file: Path, streaming: bool) -> Iterator[Any]:
+def _table_rows(file: Path) -> Iterator[Any]:
     if file.suffix == ".arrow":
         table = Dataset.from_file(str(file))  # maps the file into memory, so there is nothing to stream
     else:
-        # Not load_dataset, which tells the hub of every local set that it opens.
-        options = {"batch_size": _ROWS_AT_ONCE} if streaming else {}
-        table = ParquetDatasetReader(str(file), streaming=streaming, **options).read()
+        # Not load_dataset, which tells the hub of every local set that it opens. Streamed, because otherwise a copy
+        # of everybody's data would stay behind in the library's own cache.
+        table = ParquetDatasetReader(str(file), streaming=True, batch_size=_ROWS_AT_ONCE).read()
     # As arrow, so that images stay the bytes that they are.
     for piece in table.with_format("arrow").iter(_ROWS_AT_ONCE):
         yield from piece.to_pylist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -42,6 +43,11 @@ class Batches:
             noise = torch.randn(row.chosen.shape, generator=self._draws.generator("validation", row.row))
             draws.append(Draw(noise, timestep, prompt_dropped=False, user_dropped=False))
         return self._batch(rows, draws)
+
+    def digest(self) -> str:
+        """Return a hash of which rows these are, and whose."""
+        rows = [(self._cached.source_rows[i], self._cached.row_users[i]) for i in self.indices]
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
 
     def _index(self, sample: int) -> int:
         epoch, position = divmod(sample, len(self.indices))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
+from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from accelerate import Accelerator
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -20,6 +24,8 @@ from ..errors import TrainingError
 ADAPTER = "adapter.safetensors"
 _FOLDER = "checkpoints"
 _STATE = "state.json"
+_PARTS = "parts.pt"
+_DAMAGE: tuple[type[Exception], ...] = (*DAMAGE, pickle.UnpicklingError)
 
 # What has to stay the same between the two halves of a run: what is learned, from what, and from whom.
 _FIXED = (
@@ -27,7 +33,9 @@ _FIXED = (
     "model.prediction_type",
     "data.train",
     "data.embeddings",
-    "data.encoder",
+    "data.encoder.kind",
+    "data.encoder.name",
+    "data.encoder.template",
     "data.resolution",
     "data.crop",
     "data.flip",
@@ -48,6 +56,16 @@ _FIXED = (
 )
 
 
+class Stateful(Protocol):
+    """A part of a run that can be saved: a schedule, a moving average."""
+
+    def state_dict(self) -> Any:
+        """Return tensors and plain values."""
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Bring them back."""
+
+
 class Progress(NamedTuple):
     """How far a run is: optimizer steps, and samples (pairs) over all ranks."""
 
@@ -58,10 +76,17 @@ class Progress(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, in ``<output>/checkpoints/step-000500``."""
 
-    def __init__(self, accelerator: Accelerator, config: TrainConfig) -> None:
-        """Keep checkpoints in the output folder of ``config``."""
+    def __init__(
+        self, accelerator: Accelerator, config: TrainConfig, parts: Mapping[str, Stateful], data: str = ""
+    ) -> None:
+        """Keep checkpoints in the output folder of ``config``.
+
+        ``parts`` are saved beside what accelerate holds; ``data`` identifies the pairs that are trained on.
+        """
         self._accelerator = accelerator
         self._config = config
+        self._parts = parts
+        self._data = data
         self._folder = config.run.output / _FOLDER
 
     def save(self, progress: Progress, adapter: PSAAdapter | None) -> Path:
@@ -83,7 +108,8 @@ class Checkpoints:
             self._accelerator.wait_for_everyone()
             if main and adapter is not None:
                 save_adapter(adapter, aside / ADAPTER)
-                state = {**progress._asdict(), "config": self._config.model_dump(mode="json")}
+                torch.save({name: part.state_dict() for name, part in self._parts.items()}, aside / _PARTS)
+                state = {**progress._asdict(), "data": self._data, "config": self._config.model_dump(mode="json")}
                 (aside / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
                 _sync(aside)
                 _remove(target)
@@ -93,11 +119,12 @@ class Checkpoints:
         except (OSError, RuntimeError, SafetensorError, AdapterError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             last = self.latest()
-            kept = f"The checkpoint {last} is whole" if last else "There is no earlier checkpoint"
+            advice = "There is no earlier checkpoint. Make room there, and start again."
+            if last is not None:
+                advice = f"The checkpoint {last} is whole. Make room there, and go on with --set run.resume=latest."
             raise TrainingError(
                 f"The checkpoint of step {progress.step} cannot be written to {self._folder} "
-                f"({_first_line(error)}). {kept}. Make room there, and run the same command with --set "
-                "run.resume=latest."
+                f"({_first_line(error)}). {advice}"
             ) from None
         self._accelerator.wait_for_everyone()
         return target
@@ -139,9 +166,18 @@ class Checkpoints:
         if folder is None:
             return Progress()
         state = _read_state(folder)
+        if state["data"] != self._data:
+            raise TrainingError(
+                f"{folder} was trained on other pairs: the data of {self._config.data.train}, or what is held out of "
+                "them, has changed. Resume with the same data, or start a new run in another run.output."
+            )
         try:
+            # Not registered with accelerate, which would run code that a file brings along.
+            parts = torch.load(folder / _PARTS, map_location="cpu", weights_only=True)
+            for name, part in self._parts.items():
+                part.load_state_dict(parts[name])
             self._accelerator.load_state(str(folder))
-        except DAMAGE as error:
+        except _DAMAGE as error:
             raise _damaged(folder, error) from None
         # A saved step is whole. accelerate would go on counting micro-batches, and cut steps of another number wrongly.
         self._accelerator.step = 0
@@ -153,8 +189,7 @@ class Checkpoints:
         except ValidationError as error:
             raise _damaged(folder, error) from None
         for key in _FIXED:
-            section, name = key.split(".")
-            was, now = (getattr(getattr(config, section), name) for config in (before, self._config))
+            was, now = (reduce(getattr, key.split("."), config) for config in (before, self._config))
             if was != now:
                 raise TrainingError(
                     f"{folder} was made with {key} = {was}, but the configuration says {now}. Resume with the same "
@@ -184,7 +219,12 @@ def _step(path: Path) -> int:
 def _read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        return {"step": int(state["step"]), "samples": int(state["samples"]), "config": dict(state["config"])}
+        return {
+            "step": int(state["step"]),
+            "samples": int(state["samples"]),
+            "data": state["data"],
+            "config": dict(state["config"]),
+        }
     except FileNotFoundError:
         raise TrainingError(f"{folder} is not a whole checkpoint: {_STATE} is missing. Choose another one.") from None
     except DAMAGE as error:
@@ -204,8 +244,12 @@ def _first_line(error: Exception) -> str:
 
 def _sync(folder: Path) -> None:
     """Bring a folder's files and entries onto the disk before it is renamed."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+    if os.name != "nt":  # Windows opens no folders
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

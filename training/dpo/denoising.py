@@ -68,5 +68,6 @@ def prediction_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, 
 def _added(unet: UNet2DConditionModel, batch: PairBatch) -> dict[str, Any]:
     if batch.pooled is None or batch.time_ids is None:
         return {}
-    pooled, time_ids = batch.pooled.to(unet.dtype).repeat(2, 1), batch.time_ids.to(unet.dtype).repeat(2, 1)
+    # Time ids stay float32: in bf16 a size of 1365 would be 1368.
+    pooled, time_ids = batch.pooled.to(unet.dtype).repeat(2, 1), batch.time_ids.repeat(2, 1)
     return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}

@@ -73,7 +73,9 @@ def _conditioning(
     if not pooled:
         return {"encoder_hidden_states": hidden}
     # SDXL: a picture of this size that was never cropped.
-    time_ids = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * 2, device=device, dtype=dtype)
+    time_ids = torch.tensor(
+        [[resolution, resolution, 0, 0, resolution, resolution]] * 2, device=device, dtype=torch.float32
+    )
     added = {"text_embeds": torch.stack(pooled).to(device, dtype), "time_ids": time_ids}
     return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
 

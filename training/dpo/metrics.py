@@ -38,7 +38,7 @@ class PairRecords(NamedTuple):
     def of(cls, batch: PairBatch, model: PairErrors, reference: PairErrors, result: DPOLoss) -> PairRecords:
         """Collect them from one micro-batch."""
         return cls(
-            row=torch.tensor(batch.rows, dtype=torch.float64, device=result.loss.device),
+            row=torch.tensor(batch.rows, dtype=torch.float32, device=result.loss.device),
             timestep=batch.timesteps,
             loss=result.loss.detach(),
             accuracy=result.accuracy,
@@ -49,8 +49,8 @@ class PairRecords(NamedTuple):
         )
 
     def table(self) -> Tensor:
-        """Return ``[pairs, columns]`` in float64, in which row numbers stay exact."""
-        return torch.stack([column.double() for column in self], dim=1)
+        """Return ``[pairs, columns]`` in float32, which all devices have; rows up to 16 million stay exact."""
+        return torch.stack([column.float() for column in self], dim=1)
 
 
 def summarise(table: Tensor, timesteps: int) -> dict[str, float]:
@@ -75,11 +75,13 @@ def summarise(table: Tensor, timesteps: int) -> dict[str, float]:
 @torch.no_grad()
 def adapter_norms(adapter: PSAAdapter) -> dict[str, float]:
     """Return the norms of the projection and of all user values."""
-    values = sum(float(parameter.double().square().sum()) for parameter in adapter.sites.parameters())
-    return {
-        "adapter/projection_norm": float(adapter.user_proj.proj.weight.double().norm()),
-        "adapter/values_norm": math.sqrt(values),
-    }
+    values = sum(_norm(parameter) ** 2 for parameter in adapter.sites.parameters())
+    return {"adapter/projection_norm": _norm(adapter.user_proj.proj.weight), "adapter/values_norm": math.sqrt(values)}
+
+
+def _norm(weight: Tensor) -> float:
+    # FSDP holds a shard of a weight, and gives the whole of it on demand.
+    return float((weight.full_tensor() if hasattr(weight, "full_tensor") else weight).norm())
 
 
 class Unlogged:
@@ -114,7 +116,7 @@ class MetricsFile:
     def __init__(self, output: Path, resumed_step: int) -> None:
         """Open the file in ``output``; what an interrupted run noted after ``resumed_step`` is taken back."""
         self._path = output / METRICS
-        kept = [line for line in read_metrics(output) if line["step"] <= resumed_step]
+        kept = [line for line in read_metrics(output) if line["step"] <= resumed_step and resumed_step]
         with self._writable(), replacing(self._path) as aside:
             aside.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
 

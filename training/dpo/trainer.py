@@ -19,7 +19,7 @@ from ...adapter import PSAAdapter
 from ..config import TrainConfig
 from ..errors import TrainingError
 from .batches import Batches
-from .checkpoints import Checkpoints, Progress
+from .checkpoints import Checkpoints, Progress, Stateful
 from .denoising import PairBatch
 from .loss import diffusion_dpo_loss
 from .metrics import MetricsFile, PairRecords, Unlogged, adapter_norms, summarise
@@ -61,16 +61,21 @@ class Trainer:
         vectors = UserVectors(adapter.to(accelerator.device))
         optimizer = make_optimizer(vectors.parameters(), section, accelerator.device)
         if (deepspeed := accelerator.state.deepspeed_plugin) is not None:
-            # It takes the batch size from a data loader, and there is none.
+            # It takes the batch size from a data loader, and there is none; and it clips by itself.
             deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = config.run.batch_size
+            deepspeed.deepspeed_config["gradient_clipping"] = section.max_grad_norm
         self.vectors, self._optimizer = accelerator.prepare(vectors, optimizer)
         # Not prepared: accelerate would step it once per rank.
         self._schedule = make_schedule(optimizer, section, config.run.steps)
         self._ema = EMAModel(self._parameters(), decay=section.ema_decay) if section.ema_decay else None
         self._unlogged = Unlogged()
-        accelerator.register_for_checkpointing(self._schedule, *([self._ema] if self._ema else []), self._unlogged)
-        self._checkpoints = Checkpoints(accelerator, config)
+        parts: dict[str, Stateful] = {"schedule": self._schedule, "unlogged": self._unlogged}
+        if self._ema is not None:
+            parts["ema"] = self._ema
+        self._checkpoints = Checkpoints(accelerator, config, parts, batches.digest())
         self.progress = self._checkpoints.resume()
+        if self._ema is not None:
+            self._ema.to(accelerator.device)
         self._metrics = None
         if accelerator.is_main_process:
             self._metrics = MetricsFile(config.run.output, self.progress.step)
@@ -179,7 +184,7 @@ class Trainer:
     def _gather(self, table: Tensor, stop: StopSignals) -> tuple[Tensor, bool]:
         """Collect all ranks' records, and whether any rank was told to stop."""
         told = torch.full((len(table), 1), float(stop.received is not None), dtype=table.dtype, device=table.device)
-        gathered = self.accelerator.gather(torch.cat((table, told), dim=1)).cpu()
+        gathered = self.accelerator.gather(torch.cat((table, told), dim=1)).cpu().double()
         return gathered[:, :-1], bool(gathered[:, -1].any())
 
     def _check_finite(self, table: Tensor, norm: float) -> None:
@@ -199,8 +204,8 @@ class Trainer:
             likely = f"optimizer.learning_rate = {self.config.optimizer.learning_rate:g} is too high, or loss.beta"
         last = self._checkpoints.latest()
         raise TrainingError(
-            f"Step {self.progress.step + 1} gave numbers that are not finite (rows {named} of the training data). "
-            f"Most likely {likely}. Nothing of this step was kept; "
+            f"Step {self.progress.step + 1} gave numbers that are not finite (rows {named} of the training data, "
+            f"counted from 0). Most likely {likely}. Nothing of this step was kept; "
             + (f"the last checkpoint is {last}." if last else "there is no checkpoint yet.")
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,12 +45,17 @@ class Validation:
             for quarter in range(QUARTERS)
             for start in range(0, len(positions), self.batch_size)
         ]
+        ranks = self.accelerator.num_processes
         tables: list[list[list[float]]] = []
-        for chunk, timestep in work[self.accelerator.process_index :: self.accelerator.num_processes]:
+        for turn in range(math.ceil(len(work) / ranks)):
+            # Every rank calls the adapter equally often, as wrappers that gather it need; the last may have no work.
+            mine = turn * ranks + self.accelerator.process_index
+            chunk, timestep = work[mine % len(work)]
             batch = batches.fixed(chunk, timestep).to(self.accelerator.device)
             reference = policy.reference_errors(batch)
             with policy.errors(model, batch) as errors:
                 result = diffusion_dpo_loss(errors, reference, beta)
-            tables.append(PairRecords.of(batch, errors, reference, result).table().tolist())
+            if mine < len(work):
+                tables.append(PairRecords.of(batch, errors, reference, result).table().tolist())
         gathered = [row for table in gather_object(tables) for row in table]
         return torch.tensor(gathered, dtype=torch.float64)
