@@ -152,6 +152,10 @@ class PSATrainer:
         """Stand in for the trainer's ``Batches``."""
         return self._batch
 
+    def digest(self) -> str:
+        """Stand in for the trainer's ``Batches``."""
+        return "benchmark"
+
     def step(self, batch: PairBatch) -> float:
         """Take one optimizer step; return the loss."""
         self._batch = batch
