@@ -1,4 +1,4 @@
-"""Runs of `psa train` on tiny bases, made once for all tests that look at them."""
+"""What several tests share: a tiny base model, settings for caching it, and runs of `psa train`, made once."""
 
 from __future__ import annotations
 
@@ -6,9 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from cache_testing import cache_config
 from observed_runs import Base, Run, marked_split, train_tiny, write_bases
+from pipelines import write_sd_pipeline
+
+from comfyui_psa.training.config import TrainConfig
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline of SD1.5's topology."""
+    folder = tmp_path_factory.mktemp("sd")
+    write_sd_pipeline(folder)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, sd: Path) -> TrainConfig:
+    """Settings for caching a tiny split of its own with that pipeline."""
+    return cache_config(tmp_path, sd)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from cache_testing import (
     ROWS,
     USERS,
     build,
-    cache_config,
     cached_values,
     changed,
     check_latents,
@@ -37,18 +36,6 @@ from comfyui_psa.training.data import user_embeddings
 from comfyui_psa.training.data.pairs import open_pairs
 from comfyui_psa.training.data.users import read_profile
 from comfyui_psa.training.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sd")
-    write_sd_pipeline(folder)
-    return folder
-
-
-@pytest.fixture
-def config(tmp_path: Path, sd: Path) -> TrainConfig:
-    return cache_config(tmp_path, sd)
 
 
 def test_latents_are_those_of_the_loaded_pair(config: TrainConfig) -> None:

@@ -17,7 +17,6 @@ from cache_testing import (
     WatchedBase,
     break_image,
     build,
-    cache_config,
     cached_values,
     changed,
     check_latents,
@@ -26,24 +25,11 @@ from cache_testing import (
     write_embeddings,
 )
 from pairs import read_metadata, write_metadata
-from pipelines import write_sd_pipeline
 from torch import Tensor
 
 from comfyui_psa.training.base import open_base
 from comfyui_psa.training.config import TrainConfig
 from comfyui_psa.training.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sd")
-    write_sd_pipeline(folder)
-    return folder
-
-
-@pytest.fixture
-def config(tmp_path: Path, sd: Path) -> TrainConfig:
-    return cache_config(tmp_path, sd)
 
 
 def test_a_broken_image_stops_the_pass(config: TrainConfig) -> None:

@@ -10,26 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from cache_testing import CAPTIONS, EXTRA, ROWS, SHARD, USERS, build, cache_config, cached_values, changed, parts, watch
-from pipelines import write_sd_pipeline
+from cache_testing import CAPTIONS, EXTRA, ROWS, SHARD, USERS, build, cached_values, changed, parts, watch
 from rich.progress import Progress
 from torch import nn
 
 from comfyui_psa.profiles.encoders import AttributesEncoder
 from comfyui_psa.training.config import TrainConfig
 from comfyui_psa.training.data.pairs import open_pairs
-
-
-@pytest.fixture(scope="module")
-def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sd")
-    write_sd_pipeline(folder)
-    return folder
-
-
-@pytest.fixture
-def config(tmp_path: Path, sd: Path) -> TrainConfig:
-    return cache_config(tmp_path, sd)
 
 
 def test_no_model_stays_in_memory(config: TrainConfig) -> None:
