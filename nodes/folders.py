@@ -14,10 +14,17 @@ ADAPTERS = "psa_adapters"
 EMBEDDINGS = "psa_embeddings"
 LANGUAGE_MODELS = "LLM"
 
+# Comes with the pack: a small text-to-image model, with adapters for it.
+MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
+
 
 def register_folders() -> None:
-    """Add ``models/psa_adapters``, ``models/psa_embeddings`` and ``models/LLM`` to ComfyUI's folders."""
+    """Add ``models/psa_adapters``, ``models/psa_embeddings`` and ``models/LLM`` to ComfyUI's folders.
+
+    Behind the first one come the miniature's adapters: a file of the same name in ``models`` goes before.
+    """
     _register(ADAPTERS, set(ADAPTER_SUFFIXES))
+    folder_paths.add_model_folder_path(ADAPTERS, str(MINIATURE / "adapters"))
     _register(EMBEDDINGS, set(EMBEDDING_SUFFIXES))
     _register(LANGUAGE_MODELS, None)
 

@@ -106,12 +106,44 @@ class AdapterSection(Section):
 
 
 class LossSection(Section):
-    """Diffusion-DPO."""
+    """Diffusion-DPO. What comes after ``noise_offset`` is not in the paper, and off."""
 
     beta: PositiveFloat = 5000.0
     prompt_dropout: Share = 0.2
     user_dropout: Share = Field(0.1, description="share of pairs seen as the null user; 0 is the paper")
     noise_offset: NonNegativeFloat = 0.0
+    winner_anchor: NonNegativeFloat = Field(0.0, description="how much it counts if a chosen image gets worse")
+    timestep_weight_limit: NonNegativeFloat = Field(
+        0.0, description="errors count as those of the picture, at most this many times as much; 0: as they are"
+    )
+    min_timestep: NonNegativeInt = Field(0, description="the smallest timestep that is drawn")
+    final_beta: PositiveFloat | None = Field(None, description="beta from switch_at on")
+    final_winner_anchor: NonNegativeFloat | None = Field(None, description="winner_anchor from switch_at on")
+    switch_at: Share = Field(0.4, description="share of run.steps after which the final values count")
+    noises_per_pair: NonNegativeInt = Field(
+        0, description="how many noises (and timesteps) a pair has; 0: a new one each time"
+    )
+
+    def at(self, step: int, steps: int) -> LossSection:
+        """Return the settings that count when ``step`` of the run's ``steps`` are done: those of the start, or final.
+
+        They depend on nothing else, so a resumed run has those of an uninterrupted one.
+        """
+        # A quotient, because 0.55 * 100 is more than 55.
+        if step / steps < self.switch_at:
+            return self
+        final = {"beta": self.final_beta, "winner_anchor": self.final_winner_anchor}
+        return self.model_copy(update={name: value for name, value in final.items() if value is not None})
+
+    @model_validator(mode="after")
+    def _switch_leads_somewhere(self) -> LossSection:
+        final = (self.final_beta, self.final_winner_anchor)
+        if final == (None, None) and self.switch_at != type(self).model_fields["switch_at"].default:
+            raise ValueError(
+                f"switch_at = {self.switch_at:g} says when final_beta and final_winner_anchor begin to count, but "
+                "neither is given: add one of them, or leave switch_at out"
+            )
+        return self
 
 
 class OptimizerSection(Section):

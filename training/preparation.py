@@ -16,7 +16,7 @@ from ..adapter import AdapterConfig, PSAAdapter, find_sites
 from ..profiles import Profile, levels
 from ..profiles.encoders.attributes import DIM as ATTRIBUTES_DIM
 from .base import BaseModel
-from .config import TrainConfig
+from .config import LossSection, TrainConfig
 from .data.cache import build_cache
 from .data.cached import CachedPairs
 from .data.split import split_pairs
@@ -146,10 +146,21 @@ def _history(config: TrainConfig, base: BaseModel, data: TrainingData) -> dict[s
         "learning_rate": config.optimizer.learning_rate,
         "user_dropout": config.loss.user_dropout,
         "prompt_dropout": config.loss.prompt_dropout,
+        **_beyond_the_paper(config.loss),
         "steps": config.run.steps,
         "seed": config.run.seed,
         "version": version("personalized-safety-alignment"),
     }
+
+
+def _beyond_the_paper(loss: LossSection) -> dict[str, int | float]:
+    """The options of the loss that are on, by name."""
+    named: dict[str, int | float] = loss.model_dump(
+        exclude_defaults=True, exclude={"beta", "user_dropout", "prompt_dropout"}
+    )
+    if named.keys() & {"final_beta", "final_winner_anchor"}:
+        named["switch_at"] = loss.switch_at
+    return named
 
 
 def _grid_profiles(config: TrainConfig) -> dict[str, Profile]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from diffusers import DDPMScheduler
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -51,6 +52,7 @@ def dry_run(config: TrainConfig) -> Plan:
     """Return what a run would be, without loading a weight or reading a pair."""
     known = config.data.embeddings is None and config.data.encoder.kind == "attributes"
     base = open_base(config.model.base, config.model.prediction_type)
+    _make_draws(config, base.noise_scheduler())  # refuses timesteps that the model has not
     return plan(
         config, base, ranks=int(os.environ.get("WORLD_SIZE", "1")), embedding_dim=ATTRIBUTES_DIM if known else None
     )
@@ -70,13 +72,7 @@ def train(config: TrainConfig, console: Console) -> Path:
     check_optimizer(config.optimizer, accelerator.device)
     configure_unet(base.empty_unet(), config.model)
     scheduler = base.noise_scheduler()
-    draws = Draws(
-        seed=config.run.seed,
-        timesteps=scheduler.config.num_train_timesteps,
-        prompt_dropout=config.loss.prompt_dropout,
-        user_dropout=config.loss.user_dropout,
-        noise_offset=config.loss.noise_offset,
-    )
+    draws = _make_draws(config, scheduler)
     with _progress(console, accelerator) as progress:
         data = prepare_data(config, base, accelerator.state, draws, progress)
         adapter = seeded(make_adapter(config, base, data), draws)
@@ -148,6 +144,24 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
             f"{accelerator.num_processes}. Start them with `accelerate launch` or `torchrun`."
         )
     return accelerator
+
+
+def _make_draws(config: TrainConfig, scheduler: DDPMScheduler) -> Draws:
+    loss, timesteps = config.loss, int(scheduler.config.num_train_timesteps)
+    if loss.min_timestep >= timesteps:
+        raise TrainingError(
+            f"loss.min_timestep = {loss.min_timestep} leaves nothing to train: the base model has the timesteps 0 to "
+            f"{timesteps - 1}. Choose a smaller one."
+        )
+    return Draws(
+        seed=config.run.seed,
+        timesteps=timesteps,
+        prompt_dropout=loss.prompt_dropout,
+        user_dropout=loss.user_dropout,
+        noise_offset=loss.noise_offset,
+        min_timestep=loss.min_timestep,
+        noises_per_pair=loss.noises_per_pair,
+    )
 
 
 def _start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:

@@ -92,6 +92,15 @@ TABLES: dict[str, Rows] = {
         (17, 18, "output", 2, 640),
         (19, 20, "output", 3, 640),
     ),
+    "miniature": (
+        (0, 1, "input", 3, 64),
+        (2, 3, "input", 5, 96),
+        (4, 5, "output", 0, 96),
+        (6, 7, "output", 1, 96),
+        (8, 9, "output", 2, 64),
+        (10, 11, "output", 3, 64),
+        (12, 13, "middle", 0, 96),
+    ),
     "tiny": (
         (0, 0, "input", 1, 32),
         (1, 2, "input", 3, 64),
@@ -109,6 +118,7 @@ TEXT_WIDTHS = {
     "ssd-1b": 2048,
     "segmind-vega": 2048,
     "koala-700m": 2048,
+    "miniature": 128,
     "tiny": 24,
 }
 FAMILY_NAMES = {name: name for name in TABLES} | {"koala-700m": "other", "tiny": "other"}
@@ -149,6 +159,14 @@ COMFYUI_CONFIGS = {
     "ssd-1b": _comfy([0, 0, 2, 2, 4, 4], [0, 0, 0, 1, 1, 2, 10, 4, 4], -1, **_XL),
     "segmind-vega": _comfy([0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1, 1, 2, 2, 2], -1, **_XL),
     "koala-700m": _comfy([0, 2, 5], [0, 0, 2, 2, 5, 5], -2, **_XL | {"num_res_blocks": [1, 1, 1]}),
+    "miniature": _comfy(
+        *([0, 2, 2], [0, 0, 2, 2, 2, 2], 2),
+        channel_mult=[1, 2, 3],
+        num_res_blocks=[1, 1, 1],
+        context_dim=128,
+        model_channels=32,
+    )
+    | {"num_heads": 4, "num_head_channels": -1},
     "tiny": _comfy(
         *([1, 2], [1, 1, 2, 2], 2),
         channel_mult=[1, 2],
@@ -183,6 +201,15 @@ DIFFUSERS_CONFIGS: dict[str, dict[str, Any]] = {
     "segmind-vega": _DIFFUSERS_XL | {"transformer_layers_per_block": (1, 1, 2), "mid_block_type": "UNetMidBlock2D"},
     "koala-700m": _DIFFUSERS_XL
     | {"transformer_layers_per_block": (1, 2, 5), "mid_block_type": None, "layers_per_block": 1},
+    "miniature": {
+        "block_out_channels": (32, 64, 96),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 2, 2),
+        "cross_attention_dim": 128,
+        "attention_head_dim": 4,
+    },
     "tiny": {
         "block_out_channels": (32, 64),
         "down_block_types": ("CrossAttnDownBlock2D",) * 2,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -22,10 +22,26 @@ from comfyui_psa.training.data.users import read_profile
 from comfyui_psa.training.dpo.draws import Draws
 
 
-@torch.no_grad()
+class StepByHand(NamedTuple):
+    """Means over the pairs of a step: the loss, and by how much chosen images got worse, weighted."""
+
+    loss: float
+    anchor: float
+
+
 def loss_by_hand(run: Run, data: Path, step: int) -> float:
-    """The mean loss of a step's pairs: VAE, text encoders, true two-branch attention, the formula."""
+    """The mean loss of a step's pairs."""
+    return step_by_hand(run, data, step).loss
+
+
+@torch.no_grad()
+def step_by_hand(run: Run, data: Path, step: int) -> StepByHand:
+    """A step from the images on: VAE, text encoders, true two-branch attention, the formula."""
     pipeline, loss = run.base.pipeline, run.config.loss
+    beta, winner_anchor = loss.beta, loss.winner_anchor
+    if step - 1 >= loss.switch_at * run.config.run.steps:
+        beta = beta if loss.final_beta is None else loss.final_beta
+        winner_anchor = winner_anchor if loss.final_winner_anchor is None else loss.final_winner_anchor
     tensors = load_file(checkpoint(run.config, step - 1) / "adapter.safetensors")
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     users = {row["user_data"]["User_ID"]: row["user_data"] for row in read_metadata(data)}
@@ -34,11 +50,13 @@ def loss_by_hand(run: Run, data: Path, step: int) -> float:
     policy, reference = _two_branch(pipeline.unet, tensors), _two_branch(pipeline.unet, tensors)
 
     pairs_per_step = run.config.run.batch_size * run.config.run.accumulation
-    draws = Draws(run.config.run.seed, 1000, loss.prompt_dropout, loss.user_dropout, loss.noise_offset)
-    rows, losses, dropped = read_metadata(data), [], []
+    rates = (loss.prompt_dropout, loss.user_dropout, loss.noise_offset)
+    draws = Draws(run.config.run.seed, 1000, *rates, loss.min_timestep, loss.noises_per_pair)
+    rows, losses, anchors, dropped = read_metadata(data), [], [], []
     for sample in range((step - 1) * pairs_per_step, step * pairs_per_step):
         epoch, position = divmod(sample, len(rows))
-        row, draw = rows[int(draws.order(epoch, len(rows))[position])], draws.draw(sample, (4, 8, 8))
+        number = int(draws.order(epoch, len(rows))[position])
+        row, draw = rows[number], draws.draw(sample, (4, 8, 8), number, epoch)
         dropped.append((draw.prompt_dropped, draw.user_dropped))
         caption = "" if draw.prompt_dropped else row["caption"]
         user = (embeddings[row["user_data"]["User_ID"]] - mean) / deviation
@@ -52,10 +70,12 @@ def loss_by_hand(run: Run, data: Path, step: int) -> float:
                 predicted = unet(noisy, draw.timestep, text, who, **added)
                 errors.append(F.mse_loss(predicted, target).double())
         chosen, chosen_reference, rejected, rejected_reference = errors
-        inside = -loss.beta / 2 * ((chosen - rejected) - (chosen_reference - rejected_reference))
-        losses.append(-F.logsigmoid(inside))
+        weight = _weight(pipeline, draw.timestep, loss.timestep_weight_limit)
+        inside = -beta / 2 * weight * ((chosen - rejected) - (chosen_reference - rejected_reference))
+        anchors.append(weight * (chosen - chosen_reference))
+        losses.append(-F.logsigmoid(inside) + winner_anchor * anchors[-1])
     assert len(set(dropped)) == 4  # with and without prompt, with and without user
-    return float(torch.stack(losses).mean())
+    return StepByHand(float(torch.stack(losses).mean()), float(torch.stack(anchors).mean()))
 
 
 def _two_branch(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> TwoBranchUNet:
@@ -86,13 +106,26 @@ def _encoded_image(vae: AutoencoderKL, path: Path) -> Tensor:
 
 def _noised(pipeline: DiffusionPipeline, latent: Tensor, noise: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
     """The noisy latent and what the UNet should say to it."""
-    config = pipeline.scheduler.config
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    zero_snr = bool(config.get("rescale_betas_zero_snr"))
-    alpha = DDPMScheduler(**schedule, rescale_betas_zero_snr=zero_snr).alphas_cumprod[timestep]
+    alpha = _alpha(pipeline, timestep)
     noisy = alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
-    is_v = config.prediction_type == "v_prediction"
-    return noisy, alpha.sqrt() * noise - (1 - alpha).sqrt() * latent if is_v else noise
+    return noisy, alpha.sqrt() * noise - (1 - alpha).sqrt() * latent if _predicts_v(pipeline) else noise
+
+
+def _weight(pipeline: DiffusionPipeline, timestep: int, limit: float) -> float:
+    """How much larger the mean square is in the picture than in the prediction, up to a limit."""
+    alpha = float(_alpha(pipeline, timestep))
+    return min(1 - alpha if _predicts_v(pipeline) else (1 - alpha) / alpha, limit) if limit else 1.0
+
+
+def _alpha(pipeline: DiffusionPipeline, timestep: int) -> Tensor:
+    """The share of the picture, squared."""
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    zero_snr = bool(pipeline.scheduler.config.get("rescale_betas_zero_snr"))
+    return DDPMScheduler(**schedule, rescale_betas_zero_snr=zero_snr).alphas_cumprod[timestep]
+
+
+def _predicts_v(pipeline: DiffusionPipeline) -> bool:
+    return pipeline.scheduler.config.prediction_type == "v_prediction"
 
 
 def mean_and_deviation(embeddings: Tensor) -> tuple[Tensor, Tensor]:

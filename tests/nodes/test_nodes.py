@@ -16,7 +16,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_testing import TINY, conditioning, denoise, noise
 
 from comfyui_psa.adapter import AdapterConfig, AdapterError, EncoderSpec, PSAAdapter, save_adapter
-from comfyui_psa.nodes import PSAExtension
+from comfyui_psa.nodes import PSAExtension, folders
 from comfyui_psa.nodes.folders import profile_store
 from comfyui_psa.profiles import EncoderError, Profile, ProfileError, SafetyEmbedding, levels
 from comfyui_psa.profiles.encoders import AttributesEncoder
@@ -31,6 +31,7 @@ def comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "user"))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setattr(folders, "MINIATURE", tmp_path / "miniature")
     for name in ("psa_adapters", "psa_embeddings", "LLM"):
         (tmp_path / "models" / name).mkdir(parents=True)
     return tmp_path

@@ -34,8 +34,11 @@ SHAPE = (4, 8, 8)
 WIDE, TALL = (150, 100), (96, 130)  # (width, height)
 
 
-def draws(seed: int = 1, prompt: float = 0.2, user: float = 0.1, offset: float = 0.0) -> Draws:
-    return Draws(seed, timesteps=1000, prompt_dropout=prompt, user_dropout=user, noise_offset=offset)
+def draws(
+    seed: int = 1, prompt: float = 0.2, user: float = 0.1, offset: float = 0.0, smallest: int = 0, noises: int = 0
+) -> Draws:
+    rates = {"prompt_dropout": prompt, "user_dropout": user, "noise_offset": offset}
+    return Draws(seed, timesteps=1000, **rates, min_timestep=smallest, noises_per_pair=noises)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +172,15 @@ def test_timesteps_are_uniform_over_the_whole_schedule() -> None:
     assert {only.draw(sample, (1, 1, 1)).timestep for sample in range(60)} == {0, 1, 2}
 
 
+def test_timesteps_are_uniform_from_the_smallest_on() -> None:
+    found = torch.tensor([draws(smallest=200).draw(sample, (1, 1, 1)).timestep for sample in range(4000)])
+    assert int(found.min()) >= 200
+    counts = torch.bincount((found - 200) // 100, minlength=8)
+    assert len(counts) == 8
+    assert all(deviations(count, 4000, 1 / 8) < 4 for count in counts.tolist())
+    assert {draws(smallest=999).draw(sample, (1, 1, 1)).timestep for sample in range(5)} == {999}
+
+
 def test_noise_is_standard_and_an_offset_shifts_whole_channels() -> None:
     plain = torch.stack([draws().draw(sample, SHAPE).noise for sample in range(800)])
     assert float(plain.mean()) == pytest.approx(0, abs=0.01)
@@ -190,10 +202,10 @@ def test_every_row_comes_once_per_epoch_in_another_order(cached: CachedPairs) ->
     assert sorted(some[:3]) == sorted(some[3:]) == [2, 4, 7]
 
 
-@pytest.mark.parametrize("size", [1, 5, 8])
-def test_a_sample_is_the_same_in_batches_of_any_size(cached: CachedPairs, size: int) -> None:
-    whole = batches(cached, draws(offset=0.1)).training(0, 40)
-    source = batches(cached, draws(offset=0.1))
+@pytest.mark.parametrize(("size", "noises"), [(1, 0), (5, 0), (8, 0), (5, 2)])
+def test_a_sample_is_the_same_in_batches_of_any_size(cached: CachedPairs, size: int, noises: int) -> None:
+    whole = batches(cached, draws(offset=0.1, noises=noises)).training(0, 40)
+    source = batches(cached, draws(offset=0.1, noises=noises))
     starts = range(0, 40, size)
     assert_equal(joined([source.training(start, size) for start in starts]), whole)
     # In any order too: a rank sees every n-th batch, a resumed run only the later ones.
@@ -206,6 +218,36 @@ def test_another_seed_draws_everything_anew(cached: CachedPairs) -> None:
     assert one.rows != other.rows
     assert not torch.equal(one.timesteps, other.timesteps)
     assert not torch.equal(one.noise, other.noise)
+
+
+def test_the_noises_of_a_pair_come_again_in_turn(cached: CachedPairs) -> None:
+    """Three epochs with two noises: the third is the first again, in another order and for other null users."""
+    batch = batches(cached, draws(prompt=0.5, user=0.5, noises=2)).training(0, 3 * ROWS)
+    assert batch.variants == (0,) * ROWS + (1,) * ROWS + (0,) * ROWS
+    order = [torch.tensor(batch.rows[start : start + ROWS]).argsort() + start for start in range(0, 3 * ROWS, ROWS)]
+    first, second, third = order
+    assert batch.pooled is not None
+    for drawn in (batch.noise, batch.timesteps, batch.text, batch.pooled):
+        assert torch.equal(drawn[first], drawn[third])
+        assert not torch.equal(drawn[first], drawn[second])
+    assert all(not torch.equal(batch.noise[i], batch.noise[j]) for i, j in zip(first, second, strict=True))
+    assert len({noise.numpy().tobytes() for noise in batch.noise}) == 2 * ROWS  # other pairs, other noises
+    assert not torch.equal(batch.dropped[first], batch.dropped[third])
+    assert batch.rows[:ROWS] != batch.rows[2 * ROWS :]
+
+    fresh = batches(cached, draws()).training(0, 3 * ROWS)
+    assert fresh.variants == ()
+    assert len({noise.numpy().tobytes() for noise in fresh.noise}) == 3 * ROWS
+
+
+def test_noises_that_come_again_have_the_stated_rates() -> None:
+    found = [draws(prompt=0.3, user=0.1, noises=4).draw(i, (1, 1, 1), i % 1000, i // 1000) for i in range(4000)]
+    both = sum(draw.prompt_dropped and draw.user_dropped for draw in found)
+    assert deviations(sum(draw.prompt_dropped for draw in found), 4000, 0.3) < 4
+    assert deviations(sum(draw.user_dropped for draw in found), 4000, 0.1) < 4
+    assert deviations(both, 4000, 0.03) < 4
+    assert deviations(sum(draw.timestep < 500 for draw in found), 4000, 0.5) < 4
+    assert float(torch.stack([draw.noise for draw in found]).std()) == pytest.approx(1, abs=0.05)
 
 
 def test_what_is_looked_at_has_noise_of_its_own_that_never_changes(cached: CachedPairs) -> None:

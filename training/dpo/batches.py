@@ -28,11 +28,19 @@ class Batches:
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.long)
 
+    @property
+    def row_count(self) -> int:
+        """One more than the largest number in ``PairBatch.rows``."""
+        return 1 + max(self._cached.source_rows[i] for i in self.indices)
+
     def training(self, first: int, size: int) -> PairBatch:
         """Return the samples ``first`` to ``first + size - 1`` of the run."""
         samples = range(first, first + size)
         rows = [self._cached.row(self._index(sample)) for sample in samples]
-        draws = [self._draws.draw(sample, row.chosen.shape) for sample, row in zip(samples, rows, strict=True)]
+        draws = [
+            self._draws.draw(sample, row.chosen.shape, row.row, epoch=sample // len(self.indices))
+            for sample, row in zip(samples, rows, strict=True)
+        ]
         return self._batch(rows, draws)
 
     def fixed(self, positions: Sequence[int], timestep: int) -> PairBatch:
@@ -71,6 +79,7 @@ class Batches:
             dropped=torch.tensor([draw.user_dropped for draw in draws]),
             pooled=torch.stack(pooled) if pooled else None,
             time_ids=torch.stack([self._time_ids(row) for row in rows]) if pooled else None,
+            variants=tuple(draw.variant for draw in draws if draw.variant is not None),
         )
 
     def _time_ids(self, row: CachedRow) -> Tensor:

@@ -52,8 +52,11 @@ _FIXED = (
     "validation.unseen",
     "validation.held_out",
     "validation.unseen_users",
+    "loss.noises_per_pair",
     "run.seed",
 )
+# What remembered errors of the reference depend on besides.
+_FIXED_WITH_NOISES = ("loss.prompt_dropout", "loss.noise_offset", "loss.min_timestep", "model.dtype")
 
 
 class Stateful(Protocol):
@@ -188,12 +191,12 @@ class Checkpoints:
             before = TrainConfig.model_validate(found)
         except ValidationError as error:
             raise _damaged(folder, error) from None
-        for key in _FIXED:
+        for key in (*_FIXED, *(_FIXED_WITH_NOISES if self._config.loss.noises_per_pair else ())):
             was, now = (reduce(getattr, key.split("."), config) for config in (before, self._config))
             if was != now:
                 raise TrainingError(
                     f"{folder} was made with {key} = {was}, but the configuration says {now}. Resume with the same "
-                    "model, data, split, adapter, optimizer and seed, or start a new run in another run.output."
+                    "model, data, split, adapter, optimizer, noises and seed, or start a new run in another run.output."
                 )
 
     def _prune(self, newest: Path) -> None:

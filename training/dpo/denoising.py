@@ -1,4 +1,4 @@
-"""Denoising errors of pairs: both images of a pair with the same noise at the same timestep."""
+"""Denoising errors of pairs, and what they weigh: both images with the same noise at the same timestep."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class PairBatch:
     ``chosen``, ``rejected`` and ``noise`` are latents ``[n, channels, height, width]`` in float32,
     ``timesteps`` is ``[n]``, ``text`` is ``[n, tokens, dim]``; ``pooled`` ``[n, dim]`` and ``time_ids``
     ``[n, 6]`` are SDXL's and None elsewhere. ``embedding`` ``[n, dim]`` are user embeddings, ``dropped``
-    ``[n]`` says who is the null user instead. ``rows`` are the rows of the data set, for messages.
+    ``[n]`` says who is the null user instead. ``rows`` are the rows of the data set; ``variants`` say which of its
+    noises each pair has here, and are empty where noise never comes again.
     """
 
     rows: tuple[int, ...]
@@ -33,6 +34,7 @@ class PairBatch:
     dropped: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
+    variants: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> PairBatch:
         """Return the batch on ``device``."""
@@ -63,6 +65,24 @@ def prediction_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, 
     if kind == "sample":
         return latents
     raise TrainingError(f'The base model predicts "{kind}"; expected epsilon, v_prediction or sample.')
+
+
+def error_weights(scheduler: DDPMScheduler, timesteps: Tensor, limit: float) -> Tensor | float:
+    """Return what turns errors at ``timesteps`` into those of the predicted picture, at most ``limit``; 0: no weights.
+
+    With ``x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps`` and ``v = sqrt(abar) eps - sqrt(1 - abar) x_0``, an error of the
+    prediction is one of ``x_0`` multiplied by
+
+        sqrt((1 - abar) / abar)  for epsilon,      sqrt(1 - abar)  for v,      1  for the sample itself,
+
+    and the weight is its square.
+    """
+    if not limit:
+        return 1.0
+    alpha = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    kind = scheduler.config.prediction_type
+    weights = {"epsilon": (1 - alpha) / alpha, "v_prediction": 1 - alpha, "sample": torch.ones_like(alpha)}
+    return weights[kind].clamp(max=limit)
 
 
 def _added(unet: UNet2DConditionModel, batch: PairBatch) -> dict[str, Any]:

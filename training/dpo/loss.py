@@ -1,8 +1,11 @@
-"""The Diffusion-DPO loss, in float32 whatever precision the UNet has.
+"""The Diffusion-DPO loss, in float32 whatever precision the UNet has, and what may be added to it.
 
-    L = -log sigmoid(-beta/2 [(mse_theta(w) - mse_theta(l)) - (mse_ref(w) - mse_ref(l))])
+    L = -log sigmoid(-beta/2 k(t) [(mse_theta(w) - mse_theta(l)) - (mse_ref(w) - mse_ref(l))])
+        + lambda k(t) [mse_theta(w) - mse_ref(w)]
 
-Wallace et al., arXiv 2311.12908, equation 14, with the constants of arXiv 2508.01151.
+With weights k = 1 and without the anchor, lambda = 0, it is Wallace et al., arXiv 2311.12908, equation 14, with the
+constants of arXiv 2508.01151. The anchor holds the chosen image w: the first term is content with pictures that get
+worse, as long as rejected ones do so faster.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ class PairErrors(NamedTuple):
 
 
 class DPOLoss(NamedTuple):
-    """Per pair, ``[pairs]``: the loss, and the margin between the implicit rewards of chosen and rejected."""
+    """Per pair, ``[pairs]``: the loss, and the margin between the implicit rewards of chosen and rejected.
+
+    The margin is of errors without weights, so that runs with different ones can be compared.
+    """
 
     loss: Tensor
     margin: Tensor
@@ -32,8 +38,20 @@ class DPOLoss(NamedTuple):
         return (self.margin.sign() + 1) / 2
 
 
-def diffusion_dpo_loss(model: PairErrors, reference: PairErrors, beta: float) -> DPOLoss:
-    """Return the loss of each pair; ln 2 where model and reference agree."""
+def diffusion_dpo_loss(
+    model: PairErrors,
+    reference: PairErrors,
+    beta: float,
+    winner_anchor: float = 0.0,
+    weights: Tensor | float = 1.0,
+) -> DPOLoss:
+    """Return the loss of each pair; ln 2 where model and reference agree.
+
+    ``winner_anchor`` is lambda; ``weights`` ``[pairs]`` are k at the timestep of each pair, see ``error_weights``.
+    """
     difference = (model.chosen - model.rejected) - (reference.chosen - reference.rejected)
     margin = -beta / 2 * difference
-    return DPOLoss(-F.logsigmoid(margin), margin.detach())
+    loss = -F.logsigmoid(weights * margin)
+    if winner_anchor:
+        loss = loss + winner_anchor * weights * (model.chosen - reference.chosen)
+    return DPOLoss(loss, margin.detach())

@@ -1,8 +1,11 @@
-"""What is trained and what it is compared with: one frozen UNet with an adapter attached, or without."""
+"""What is trained and what it is compared with: one frozen UNet with an adapter attached, or without.
+
+What the reference says of a pair and a noise never changes, so it can be remembered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,11 +13,11 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ...adapter import PSAAdapter, find_sites
-from ..config import ModelSection
+from ..config import LossSection, ModelSection
 from ..errors import TrainingError
 from .attachment import Attachment
-from .denoising import PairBatch, pair_errors
-from .loss import PairErrors
+from .denoising import PairBatch, error_weights, pair_errors
+from .loss import DPOLoss, PairErrors, diffusion_dpo_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,11 +47,63 @@ class Policy:
         with self.applied([value.repeat(2, 1) for value in values]):
             yield pair_errors(self.unet, self.scheduler, batch)
 
+    def loss(self, model: PairErrors, reference: PairErrors, batch: PairBatch, section: LossSection) -> DPOLoss:
+        """Return the loss of each pair as the configuration has it."""
+        weights = error_weights(self.scheduler, batch.timesteps, section.timestep_weight_limit)
+        return diffusion_dpo_loss(model, reference, section.beta, section.winner_anchor, weights)
+
     @contextmanager
     def applied(self, vectors: Sequence[Tensor]) -> Iterator[None]:
         """Let the UNet add ``vectors[i]``, ``[batch, hidden_i]``, at site ``i`` within the block."""
         with self._attachment.applied(vectors):
             yield
+
+
+class RememberedReference:
+    """The reference's errors of pairs whose noise comes again: measured once, on whichever rank; part of checkpoints.
+
+    That is exact: the loss depends on the reference through these errors alone, and they on nothing that is trained.
+    """
+
+    def __init__(self, policy: Policy, gather: Callable[[Tensor], Tensor], rows: int, variants: int) -> None:
+        """Know nothing of ``rows`` pairs with ``variants`` noises each.
+
+        ``gather`` joins tensors ``[pairs, columns]`` of all ranks, which hold equally many pairs.
+        """
+        self._policy = policy
+        self._gather = gather
+        self._table = torch.full((rows, variants, 2), torch.nan)  # chosen, rejected
+        self._step: list[Tensor] = []
+
+    def errors(self, batch: PairBatch) -> PairErrors:
+        """Return the errors of the base model, ``[pairs]`` each; the UNet runs unless all of them are known."""
+        if not batch.variants:
+            return self._policy.reference_errors(batch)
+        keys = torch.tensor([batch.rows, batch.variants])
+        known = self._table[keys[0], keys[1]]
+        if bool(known.isnan().any()):
+            errors = torch.stack(self._policy.reference_errors(batch), dim=1)
+        else:
+            errors = known.to(batch.chosen.device)
+        # Known ones too: ranks can only gather equally many. Rows up to 16 million are exact in float32.
+        self._step.append(torch.cat((keys.T.to(errors), errors), dim=1))
+        return PairErrors(*errors.unbind(dim=1))
+
+    def end_step(self) -> None:
+        """Remember what all ranks have measured since the last step, so that all know the same."""
+        if self._step:
+            step = self._gather(torch.cat(self._step)).cpu()
+            rows, variants = step[:, :2].long().unbind(dim=1)
+            self._table[rows, variants] = step[:, 2:]
+            self._step = []
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps: ``[rows, variants, 2]``, NaN where nothing is known."""
+        return {"errors": self._table}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Bring back what a checkpoint kept."""
+        self._table.copy_(state["errors"])
 
 
 def configure_unet(unet: UNet2DConditionModel, section: ModelSection) -> None:

@@ -16,15 +16,14 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ...adapter import PSAAdapter
-from ..config import TrainConfig
+from ..config import LossSection, TrainConfig
 from ..errors import TrainingError
 from .batches import Batches
 from .checkpoints import Checkpoints, Progress, Stateful
-from .denoising import PairBatch
-from .loss import diffusion_dpo_loss
+from .denoising import PairBatch, error_weights
 from .metrics import MetricsFile, PairRecords, Unlogged, adapter_norms, summarise
 from .optimizers import make_optimizer, make_schedule
-from .policy import Policy
+from .policy import Policy, RememberedReference
 from .signals import StopSignals
 from .trainable import UserVectors
 from .validation import Validation
@@ -69,9 +68,13 @@ class Trainer:
         self._schedule = make_schedule(optimizer, section, config.run.steps)
         self._ema = EMAModel(self._parameters(), decay=section.ema_decay) if section.ema_decay else None
         self._unlogged = Unlogged()
+        noises = config.loss.noises_per_pair
+        self._reference = RememberedReference(policy, accelerator.gather, batches.row_count if noises else 0, noises)
         parts: dict[str, Stateful] = {"schedule": self._schedule, "unlogged": self._unlogged}
         if self._ema is not None:
             parts["ema"] = self._ema
+        if noises:
+            parts["reference"] = self._reference
         self._checkpoints = Checkpoints(accelerator, config, parts, batches.digest())
         self.progress = self._checkpoints.resume()
         if self._ema is not None:
@@ -107,14 +110,14 @@ class Trainer:
             step = self.progress.step
             state = {"gradient_norm": norm, "learning_rate": rate, "pairs_per_second": counted / seconds}
             if step % tracking.every == 0:
-                self._log(step, summarise(self._unlogged.take(), self._timesteps) | state | self._adapter_values())
+                self._log(step, self._summary(self._unlogged.take()) | state | self._adapter_values())
                 seconds, counted = 0.0, 0
             last = step == run.steps or stopped
             if last or step % run.checkpoint_every == 0:
                 self._checkpoints.save(self.progress, self.adapter())
             if self.config.validation.every and (step % self.config.validation.every == 0 or step == run.steps):
                 self._validate()
-            yield StepReport(self.progress, summarise(table, self._timesteps) | state)
+            yield StepReport(self.progress, self._summary(table) | state)
 
     def adapter(self) -> PSAAdapter | None:
         """Return a copy of the adapter as it would be used (the moving average, if there is one); main rank only."""
@@ -161,6 +164,7 @@ class Trainer:
                     norm = self.accelerator.clip_grad_norm_(self._parameters(), self.config.optimizer.max_grad_norm)
                     table, stopped = self._gather(torch.cat(tables), stop)
                     self._check_finite(table, float(norm))
+                    self._reference.end_step()
                 self._optimizer.step()
                 self._optimizer.zero_grad()
         self._schedule.step()
@@ -169,9 +173,9 @@ class Trainer:
         return table, float(norm), stopped
 
     def _micro_batch(self, batch: PairBatch) -> Tensor:
-        reference = self.policy.reference_errors(batch)
+        reference = self._reference.errors(batch)
         with self.policy.errors(self.vectors, batch) as model:
-            result = diffusion_dpo_loss(model, reference, self.config.loss.beta)
+            result = self.policy.loss(model, reference, batch, self._loss)
             self.accelerator.backward(result.loss.mean())
         return PairRecords.of(batch, model, reference, result).table()
 
@@ -213,9 +217,19 @@ class Trainer:
         if not self.config.validation.every:
             return
         with self.averaged():
-            values = self._validation.run(self.policy, self.vectors, self.config.loss.beta)
+            values = self._validation.run(self.policy, self.vectors, self._loss)
         if values:
             self._log(self.progress.step, values)
+
+    def _summary(self, table: Tensor) -> dict[str, float]:
+        values = summarise(table, self._timesteps)
+        loss = self.config.loss
+        if loss.winner_anchor or loss.final_winner_anchor:
+            # Before it is multiplied by either value, so that the curve does not jump at the switch.
+            records = PairRecords(*table.unbind(dim=1))
+            weights = error_weights(self.policy.scheduler, records.timestep.long(), loss.timestep_weight_limit)
+            values["anchor"] = float((weights * records.chosen_error).mean())
+        return values
 
     def _adapter_values(self) -> dict[str, float]:
         values = adapter_norms(self.accelerator.unwrap_model(self.vectors).adapter)
@@ -230,6 +244,10 @@ class Trainer:
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return list(self.vectors.parameters())
+
+    @property
+    def _loss(self) -> LossSection:
+        return self.config.loss.at(self.progress.step, self.config.run.steps)
 
     @property
     def _timesteps(self) -> int:

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from ..config import LossSection
 from .batches import Batches
-from .loss import diffusion_dpo_loss
 from .metrics import QUARTERS, PairRecords, summarise
 from .policy import Policy
 
@@ -26,23 +26,25 @@ class Validation:
     batch_size: int
 
     @torch.no_grad()
-    def run(self, policy: Policy, vectors: nn.Module, beta: float) -> dict[str, float]:
+    def run(self, policy: Policy, vectors: nn.Module, loss: LossSection) -> dict[str, float]:
         """Return loss, implicit accuracy, margin and errors of each split, as ``seen/loss`` and so on."""
         timesteps = int(policy.scheduler.config.num_train_timesteps)
         model = self.accelerator.unwrap_model(vectors)
         values: dict[str, float] = {}
         for name, batches in self.splits.items():
-            table = self._table(policy, model, batches, beta, timesteps)
+            table = self._table(policy, model, batches, loss, timesteps)
             if len(table):
                 values |= {f"{name}/{key}": value for key, value in summarise(table, timesteps).items()}
         return values
 
-    def _table(self, policy: Policy, model: nn.Module, batches: Batches, beta: float, timesteps: int) -> Tensor:
-        """Every pair once in the middle of each quarter of the timesteps; ranks take turns."""
+    def _table(self, policy: Policy, model: nn.Module, batches: Batches, loss: LossSection, timesteps: int) -> Tensor:
+        """Every pair once in the middle of each quarter of the timesteps that are trained; ranks take turns."""
+        trained = timesteps - loss.min_timestep
+        middles = [loss.min_timestep + trained * (2 * quarter + 1) // (2 * QUARTERS) for quarter in range(QUARTERS)]
         positions = range(min(self.pairs, len(batches.indices)))
         work = [
-            (positions[start : start + self.batch_size], timesteps * (2 * quarter + 1) // (2 * QUARTERS))
-            for quarter in range(QUARTERS)
+            (positions[start : start + self.batch_size], middle)
+            for middle in middles
             for start in range(0, len(positions), self.batch_size)
         ]
         ranks = self.accelerator.num_processes
@@ -54,7 +56,7 @@ class Validation:
             batch = batches.fixed(chunk, timestep).to(self.accelerator.device)
             reference = policy.reference_errors(batch)
             with policy.errors(model, batch) as errors:
-                result = diffusion_dpo_loss(errors, reference, beta)
+                result = policy.loss(errors, reference, batch, loss)
             if mine < len(work):
                 tables.append(PairRecords.of(batch, errors, reference, result).table().tolist())
         gathered = [row for table in gather_object(tables) for row in table]
