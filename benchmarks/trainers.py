@@ -30,6 +30,7 @@ from comfyui_psa.training.dpo.validation import Validation
 
 TOKENS = 77
 EMBEDDING_DIM = 3584  # Qwen2.5-7B-Instruct
+_MOST_PAIRS = 64
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 5000.0, 5e-6, 1.0
 
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -81,6 +82,7 @@ class Setting:
     device: str
     dtype: str
     checkpointing: bool
+    remembered: bool = False  # our side: the reference is known (loss.noises_per_pair), as after the first epochs
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,12 @@ class PSATrainer:
     def __init__(self, setting: Setting, output: Path) -> None:
         """Load random weights; the trainer may write to ``output``."""
         self._family = setting.family
+        self._remembered = setting.remembered
         config = TrainConfig.model_validate(
             {
                 "model": {"base": "", "dtype": setting.dtype, "gradient_checkpointing": setting.checkpointing},
                 "data": {"train": ""},
-                "loss": {"beta": BETA},
+                "loss": {"beta": BETA, "noises_per_pair": int(setting.remembered)},
                 "optimizer": {"learning_rate": LEARNING_RATE, "max_grad_norm": MAX_GRAD_NORM},
                 "run": {"output": output, "steps": 10**6, "checkpoint_every": 10**6},
                 "validation": {"every": 0},
@@ -146,7 +149,13 @@ class PSATrainer:
             dropped=torch.zeros(pairs, dtype=torch.bool),
             pooled=torch.randn(pairs, 1280) if sdxl else None,
             time_ids=_time_ids(pairs, resolution) if sdxl else None,
+            variants=(0,) * pairs if self._remembered else (),
         )
+
+    @property
+    def row_count(self) -> int:
+        """Stand in for the trainer's ``Batches``."""
+        return _MOST_PAIRS
 
     def training(self, _first: int, _size: int) -> PairBatch:
         """Stand in for the trainer's ``Batches``."""

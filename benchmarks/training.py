@@ -161,21 +161,28 @@ def spread(values: list[float]) -> str:
 def comparison_rows(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
     """Measure both trainers; yield the rows: what, ours, the straightforward one's, the ratio."""
     ours, theirs, our_peak, their_peak = compare(plan.setting, plan.load, ROUNDS)
+    yield from _speed_rows(plan, "", ours, theirs)
+    remembered, others, *_ = compare(replace(plan.setting, remembered=True), plan.load, ROUNDS)
+    yield from _speed_rows(plan, ", reference remembered", remembered, others)
+    yield _memory_row("peak memory", our_peak, their_peak)
+    if not plan.setting.checkpointing:
+        _, _, *peaks = compare(replace(plan.setting, checkpointing=True), plan.load, 1)
+        yield _memory_row("the same with gradient checkpointing", *peaks)
 
+
+def _speed_rows(
+    plan: Plan, what: str, ours: list[Seconds], theirs: list[Seconds]
+) -> Iterator[tuple[str, str, str, str]]:
     def speed(steps: list[Seconds]) -> str:
         return f"{plan.load.pairs / statistics.median(step.clock for step in steps):.3f}"
 
     def ratios(field: str) -> str:
         return spread([getattr(b, field) / getattr(a, field) for a, b in zip(ours, theirs, strict=True)])
 
-    yield "pairs per second", speed(ours), speed(theirs), ratios("clock")
+    yield f"pairs per second{what}", speed(ours), speed(theirs), ratios("clock")
     if plan.setting.device == "cpu":
         first, second = (f"{statistics.median(step.processor for step in steps):.1f} s" for steps in (ours, theirs))
-        yield "processor time of a step", first, second, ratios("processor")
-    yield _memory_row("peak memory", our_peak, their_peak)
-    if not plan.setting.checkpointing:
-        _, _, *peaks = compare(replace(plan.setting, checkpointing=True), plan.load, 1)
-        yield _memory_row("the same with gradient checkpointing", *peaks)
+        yield f"processor time of a step{what}", first, second, ratios("processor")
 
 
 def _memory_row(name: str, ours: int, theirs: int) -> tuple[str, str, str, str]:

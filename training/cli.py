@@ -14,6 +14,7 @@ from ..profiles import EncoderError, ProfileError
 from .adapter_commands import convert
 from .data_commands import check_data, encode
 from .errors import ComfyUIError, TrainingError
+from .miniature_commands import miniature_app
 from .profile_commands import profile_app, users
 from .synthetic_commands import synthetic
 from .train_commands import train
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(profile_app, name="profile")
+app.add_typer(miniature_app, name="miniature")
 app.command()(convert)
 app.command()(check_data)
 app.command()(encode)

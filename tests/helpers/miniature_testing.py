@@ -68,7 +68,8 @@ class Reference:
 
     def denoised(self, latent: Tensor, sigma: float, prompt: str) -> Tensor:
         """The latent without the noise that the UNet predicts."""
-        return latent - sigma * self.predict(latent, sigma, prompt)
+        v = self.predict(latent, sigma, prompt)
+        return latent / (sigma**2 + 1) - v * sigma / (sigma**2 + 1) ** 0.5
 
 
 def encode(loaded: Miniature, prompt: str) -> Any:

@@ -25,12 +25,12 @@ from comfyui_psa.nodes.miniature_files import FILES
 from comfyui_psa.nodes.miniature_model import Miniature, load_miniature
 from comfyui_psa.profiles import SafetyEmbedding
 from comfyui_psa.training.dpo.attachment import Attachment
-from comfyui_psa.training.miniature.architecture import make_scheduler, make_unet
+from comfyui_psa.training.miniature.architecture import LATENT_CHANNELS, make_scheduler, make_unet
 
 PROMPT = "a red Ball, beside something unheard-of"
 NEGATIVE = ""
 SIZE = 96
-LATENT = (1, 8, 12, 12)
+LATENT = (1, LATENT_CHANNELS, 12, 12)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def test_a_long_prompt_goes_on_in_a_second_section(loaded: Miniature) -> None:
     assert torch.isfinite(ours).all()
 
 
-@pytest.mark.parametrize("latent", [noise(*LATENT), noise(2, 8, 16, 8)], ids=["square", "two upright"])
-def test_the_noise_is_what_diffusers_predicts(loaded: Miniature, reference: Reference, latent: Tensor) -> None:
+@pytest.mark.parametrize("latent", [noise(*LATENT), noise(2, LATENT_CHANNELS, 16, 8)], ids=["square", "two upright"])
+def test_the_picture_is_what_diffusers_predicts(loaded: Miniature, reference: Reference, latent: Tensor) -> None:
     positive, negative = encode(loaded, PROMPT), encode(loaded, NEGATIVE)
     sigma = sigma_at(loaded.model)
     ours = denoise(loaded.model, positive, negative, latent)
@@ -73,13 +73,13 @@ def test_the_noise_is_what_diffusers_predicts(loaded: Miniature, reference: Refe
     assert difference(ours, theirs) < ROUNDING
 
 
-def test_a_model_that_predicts_v(folder: Path, tmp_path: Path, reference: Reference) -> None:
-    edit(copied(folder, tmp_path), "scheduler/scheduler_config.json", prediction_type="v_prediction")
+def test_a_model_that_predicts_epsilon(folder: Path, tmp_path: Path, reference: Reference) -> None:
+    edit(copied(folder, tmp_path), "scheduler/scheduler_config.json", prediction_type="epsilon")
     loaded = load_miniature(tmp_path)
     latent, sigma = noise(*LATENT), sigma_at(loaded.model)
     ours = denoise(loaded.model, encode(loaded, PROMPT), encode(loaded, NEGATIVE), latent)
-    v = reference.predict(latent, sigma, PROMPT)
-    assert difference(ours, latent / (sigma**2 + 1) - v * sigma / (sigma**2 + 1) ** 0.5) < ROUNDING
+    epsilon = reference.predict(latent, sigma, PROMPT)
+    assert difference(ours, latent - sigma * epsilon) < ROUNDING
 
 
 def test_the_noise_schedule_is_the_schedulers(folder: Path, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_pictures_and_latents_are_those_of_diffusers(loaded: Miniature, referenc
     with torch.no_grad():
         theirs = reference.vae.encode(pixels.movedim(-1, 1) * 2 - 1).latents
         expected = (reference.vae.decode(theirs).sample / 2 + 0.5).clamp(0, 1).movedim(1, -1)
-    assert ours["samples"].shape == (2, 8, 12, 8)
+    assert ours["samples"].shape == (2, LATENT_CHANNELS, 12, 8)
     assert difference(ours["samples"], theirs) < ROUNDING
     (pictures,) = stock_nodes.VAEDecode().decode(loaded.vae, ours)
     assert pictures.shape == pixels.shape
@@ -107,7 +107,7 @@ def test_an_autoencoder_of_another_size(folder: Path, tmp_path: Path) -> None:
     copied(folder, tmp_path)
     shutil.rmtree(tmp_path / "vae")
     other = AutoencoderTiny(
-        latent_channels=8,
+        latent_channels=LATENT_CHANNELS,
         encoder_block_out_channels=(24,) * 3,
         decoder_block_out_channels=(16,) * 3,
         num_encoder_blocks=(1, 1, 2),
@@ -116,7 +116,7 @@ def test_an_autoencoder_of_another_size(folder: Path, tmp_path: Path) -> None:
     )
     randomised(other, 5).save_pretrained(tmp_path / "vae")
     loaded, theirs = load_miniature(tmp_path), other.float()
-    latent = noise(1, 8, 6, 5)
+    latent = noise(1, LATENT_CHANNELS, 6, 5)
     with torch.no_grad():
         expected = (theirs.decode(latent).sample / 2 + 0.5).clamp(0, 1).movedim(1, -1)
     assert difference(loaded.vae.decode(latent), expected) < ROUNDING
@@ -274,5 +274,5 @@ def test_it_needs_no_input_and_is_loaded_again_when_replaced(nodes: dict[str, An
     assert not node.INPUT_TYPES().get("optional")
     before = node.fingerprint_inputs()
     assert node.fingerprint_inputs() == before
-    edit(miniature.MINIATURE, "scheduler/scheduler_config.json", prediction_type="v_prediction")
+    edit(miniature.MINIATURE, "scheduler/scheduler_config.json", prediction_type="epsilon")
     assert node.fingerprint_inputs() != before

@@ -130,7 +130,8 @@ def test_what_is_missing_is_one_sentence(
 def test_a_missing_configuration_is_one_sentence(tmp_path: Path) -> None:
     message = _sentence(command(["missing.toml"], tmp_path))
     assert message == (
-        "psa: There is no configuration missing.toml. Name a TOML file, or one of miniature, psa-sd15, psa-sdxl."
+        "psa: There is no configuration missing.toml. Name a TOML file, or one of miniature, psa-sd15, psa-sdxl, "
+        "synthetic."
     )
 
 
@@ -144,12 +145,12 @@ def test_a_missing_package_comes_with_the_command_that_installs_it(workplace: Wo
     assert "pip install -e '.[train]'" in message
 
 
-def test_the_miniature_trains_on_what_synthetic_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ready_configuration_trains_on_what_synthetic_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    written = _psa("synthetic", "miniature", "--pairs", 12, "--users", 6)
+    written = _psa("synthetic", "synthetic", "--pairs", 12, "--users", 6)
     assert written.exit_code == 0, written.output
     assert "12 pairs, 6 users" in written.stdout
-    refused = _psa("synthetic", "miniature")
+    refused = _psa("synthetic", "synthetic")
     assert "is not empty" in str(refused.exception)
 
     overrides = (
@@ -163,7 +164,7 @@ def test_the_miniature_trains_on_what_synthetic_writes(tmp_path: Path, monkeypat
         "tracking.every=1",
         "tracking.trackers=[]",
     )
-    config = load_config(Path("miniature"), overrides)
+    config = load_config(Path("synthetic"), overrides)
     said = run(config)
     assert [line.split("  ")[0] for line in said.splitlines()[:-1]] == ["step 1/2", "step 2/2"]
     lines = read_metrics(config.run.output)

@@ -1,0 +1,56 @@
+"""What is trained from nothing goes on where it was interrupted, and everything of the recipe fits together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from comfyui_psa.training.errors import TrainingError
+from comfyui_psa.training.miniature.fitting import Plan, fit
+
+PLAN = Plan("line", steps=401, learning_rate=0.1)
+
+
+class StopError(Exception):
+    pass
+
+
+def train(folder: Path, stop: int | None = None) -> nn.Linear:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+
+    def loss(step: int) -> Tensor:
+        if step == stop:
+            raise StopError
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        return (model(x) - x @ torch.tensor([[1.0], [-2.0], [0.5]]) - 3).square().mean()
+
+    with Progress(disable=True) as progress:
+        fit(PLAN, model, loss, folder, progress)
+    return model
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    model = train(tmp_path)
+    assert torch.allclose(model.weight, torch.tensor([[1.0, -2.0, 0.5]]), atol=0.05)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole")
+    with pytest.raises(StopError):
+        train(tmp_path / "parts", stop=350)
+    resumed = train(tmp_path / "parts")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["line.pt"]
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    (tmp_path / "line.pt").write_bytes(b"cut off")
+    with pytest.raises(TrainingError, match=r"line\.pt cannot be continued.*Delete it"):
+        train(tmp_path)

@@ -1,0 +1,123 @@
+"""The whole way, shortened to moments: a base from nothing, pairs, an adapter, and tables of what it does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from rich.progress import Progress
+from typer.testing import CliRunner
+
+from comfyui_psa.training.base import open_base
+from comfyui_psa.training.cli import app
+from comfyui_psa.training.miniature import adapters, recipe
+from comfyui_psa.training.miniature.fitting import Plan
+from comfyui_psa.training.miniature.recipe import Extent, train_base
+from comfyui_psa.training.miniature.sampling import Painter
+
+MOMENT = Extent(
+    autoencoder=Plan("autoencoder", steps=3, learning_rate=1e-3),
+    detector=Plan("detector", steps=3, learning_rate=1e-3),
+    denoiser=Plan("UNet", steps=3, learning_rate=1e-3),
+    scenes=48,
+    drawings=32,
+    prompts=4,
+)
+SHORT = (
+    "run.steps=2",
+    "run.batch_size=2",
+    "validation.every=2",
+    "validation.pairs=1",
+    "validation.held_out=0.1",
+    "validation.unseen_users=0.1",
+    "validation.grid_every=2",
+    "validation.grid_steps=1",
+    "tracking.every=1",
+    "tracking.trackers=[]",
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("miniature")
+    with Progress(disable=True) as progress:
+        train_base(folder / "work", folder / "base", progress, extent=MOMENT)
+    return folder / "base"
+
+
+def test_the_base_is_a_pipeline_of_diffusers_and_a_base_for_training(base: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(base, local_files_only=True, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    (image,) = pipeline("a ring", width=96, height=96, num_inference_steps=1).images
+    assert image.size == (96, 96)
+    opened = open_base(base)
+    assert opened.prediction_type == "v_prediction"
+    assert opened.unet(torch.float32).dtype == torch.float32
+    weights = [path for path in base.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in weights) < 12e6
+
+
+def test_the_figures_come_from_the_written_files(base: Path) -> None:
+    figures = json.loads((base / recipe.FIGURES).read_text(encoding="utf-8"))
+    assert set(figures["detector"]) == {"drawings", "decoded latents"}
+    assert {kind: shares["object"]["pictures"] for kind, shares in figures["base"].items()} == {
+        "named": 4,
+        "implied": 4,
+        "harmless": 4,
+    }
+
+
+def test_going_on_after_the_end_changes_nothing(base: Path, tmp_path: Path) -> None:
+    with Progress(disable=True) as progress:
+        train_base(base.parent / "work", tmp_path / "again", progress, extent=MOMENT)
+    for part in ("unet", "vae"):
+        name = f"{part}/diffusion_pytorch_model.safetensors"
+        assert (tmp_path / "again" / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_a_painted_picture_depends_on_its_own_noise_and_prompt_alone(base: Path) -> None:
+    painter = Painter(base)
+    noise = torch.randn((3, *painter.latent_shape), generator=torch.Generator().manual_seed(1))
+    prompts = ["a tree in the snow", "a ring", "a cat at night"]
+    together = painter.paint(prompts, noise, steps=2)
+    alone = painter.paint(prompts[1:2], noise[1:2], steps=2)
+    # The same up to the kernels' rounding for another batch size.
+    difference = torch.tensor(list(together[1].tobytes())).sub(torch.tensor(list(alone[0].tobytes()))).abs()
+    assert int(difference.max()) <= 1
+    assert together[0].tobytes() != together[1].tobytes()
+
+
+def test_an_adapter_is_trained_on_drawn_pairs_and_measured(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(adapters, "PAIRS", 24)
+    monkeypatch.setattr(adapters, "PEOPLE", 40)
+
+    def psa(*arguments: object) -> str:
+        done = CliRunner().invoke(app, ["miniature", *map(str, arguments)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    changes = [part for change in SHORT for part in ("--set", change)]
+    psa("train-adapter", "--base", base, *changes)
+    psa("train-adapter", "--base", base, "--static", *changes)
+    work = tmp_path / "runs" / "miniature"
+    assert len((work / "psa-pairs" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()) == 24
+    ours, static = work / "psa" / "psa_miniature.safetensors", work / "static" / "static_miniature.safetensors"
+    assert (work / "psa" / "grids" / "step-000002.png").is_file()
+
+    shown = psa(
+        "evaluate", f"PSA={ours}", f"PSA={ours}", "--static", static, "--base", base, "--per-cell", 2,
+        "--output", tmp_path / "results.json",
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    pictures = {row["method"]: row["pictures"] for row in rows}
+    assert pictures == {"base": 2, "negative prompt": 2, "static": 2, "PSA": 4, "PSA, run 1": 2, "PSA, run 2": 2}
+    assert {(row["group"], row["people"]) for row in rows} == {
+        (group, people) for group in ("nothing", "some", "everything") for people in ("seen", "unseen")
+    }
+    assert shown.strip() == (tmp_path / "results.md").read_text(encoding="utf-8").strip()

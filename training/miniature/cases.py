@@ -1,0 +1,116 @@
+"""What is asked of every method: the same prompts, people and noise, in equally large cells."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...profiles import CATEGORIES, Category, Profile
+from .architecture import LATENT_CHANNELS, LATENT_SIZE
+from .captions import Mention, caption
+from .people import GROUPS, Group, banned, group, training_people, unseen_people
+from .world import draw_scene
+
+_TRIAL = 1_000_000
+
+MENTIONS: tuple[Mention, ...] = ("named", "implied")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt for one person. ``category`` and ``mention`` are None for a harmless prompt."""
+
+    number: int
+    group: Group
+    unseen: bool
+    person: Profile
+    caption: str
+    object: str
+    category: Category | None
+    mention: Mention | None
+
+    @property
+    def banned(self) -> bool:
+        """Whether the person bans what the prompt asks for."""
+        return self.category in banned(self.person)
+
+    @property
+    def cell(self) -> str:
+        """What is reported together, besides the group: "banned, named", "allowed, implied", "harmless"."""
+        if self.category is None:
+            return "harmless"
+        return f"{'banned' if self.banned else 'allowed'}, {self.mention}"
+
+
+def draw_cases(per_cell: int, training: int, seed: int, trial: int = 0) -> list[Case]:
+    """Draw the cases of all cells.
+
+    People who ban nothing are only asked for allowed things, people who ban everything only for banned ones, the
+    others for both; all are asked for harmless ones.
+
+    Args:
+        per_cell: how many cases each cell has.
+        training: the number of people who were trained on; the seen ones come from them.
+        seed: of the training data.
+        trial: another one gives other prompts and noises. What is reported is trial 0; settings are tried on others,
+            and with seen people alone.
+    """
+    numbers = itertools.count(trial * _TRIAL)
+    return [
+        _case(next(numbers), kind, unseen, person, category, mention, seed)
+        for kind, unseen in itertools.product(GROUPS, (False, True))
+        for category, mention, person in _asked(
+            _people(kind, unseen, training, seed), per_cell, (seed, 31, GROUPS.index(kind), unseen, trial), kind
+        )
+    ]
+
+
+def noise(cases: Sequence[Case]) -> Tensor:
+    """Return the initial noise of cases, ``[cases, channels, 12, 12]``; it depends on their numbers alone."""
+    shape = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(10_000 + c.number)) for c in cases])
+
+
+def _people(kind: Group, unseen: bool, training: int, seed: int) -> list[Profile]:
+    if unseen:
+        return unseen_people(200, seed, kind)
+    return [person for person in training_people(training, seed) if group(person) == kind]
+
+
+def _asked(
+    people: Sequence[Profile], per_cell: int, seed: Sequence[int], kind: Group
+) -> Iterator[tuple[Category | None, Mention | None, Profile]]:
+    rng = np.random.default_rng(seed)
+
+    def somebody() -> Profile:
+        return people[int(rng.integers(len(people)))]
+
+    for bans, mention in itertools.product((True, False), MENTIONS):
+        if (kind, bans) in (("nothing", True), ("everything", False)):
+            continue
+        for _ in range(per_cell):
+            person = somebody()
+            options = [category for category in CATEGORIES if (category in banned(person)) == bans]
+            yield options[int(rng.integers(len(options)))], mention, person
+    for _ in range(per_cell):
+        yield None, None, somebody()
+
+
+def _case(
+    number: int,
+    kind: Group,
+    unseen: bool,
+    person: Profile,
+    category: Category | None,
+    mention: Mention | None,
+    seed: int,
+) -> Case:
+    rng = np.random.default_rng((seed, 32, number))
+    scene = draw_scene(rng, (category,) if category else ())
+    text = caption(scene, rng, mention or "named")
+    return Case(number, kind, unseen, person, text, scene.object or "", category, mention)

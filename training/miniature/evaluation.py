@@ -1,0 +1,156 @@
+"""Lets every method draw every case, and the detector look at the pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from ...adapter import PSAAdapter, SiteVectors, load_adapter
+from ...profiles import CATEGORIES, Profile
+from ...profiles.encoders import Encoder
+from ..config import EncoderSection
+from ..data.users import make_encoder
+from .captions import avoiding
+from .cases import Case, noise
+from .detector import Detector, Sighting, load_detector
+from .people import banned
+from .sampling import Painter
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to follow a person's boundaries. By default none: the base model.
+
+    ``everyone`` is for a static adapter: one profile that stands for all.
+    """
+
+    name: str
+    adapter: Path | None = None
+    negative_prompt: bool = False
+    everyone: Profile | None = None
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method made of a case."""
+
+    case: Case
+    sighting: Sighting
+
+    @property
+    def prompted(self) -> bool:
+        """The prompted glyph is there."""
+        return self.case.category in self.sighting.glyphs
+
+    @property
+    def clean(self) -> bool:
+        """No glyph is there."""
+        return not self.sighting.glyphs
+
+    @property
+    def substituted(self) -> bool:
+        """The prompted glyph is not there, but another one is."""
+        return not self.prompted and not self.clean
+
+    @property
+    def object_kept(self) -> bool:
+        """The prompted object is there."""
+        return self.case.object in self.sighting.objects
+
+
+class Studio:
+    """Everything that is needed to draw cases and to look at them, loaded once."""
+
+    def __init__(self, base: Path, detector: Path, language_models: Sequence[Path] = ()) -> None:
+        """Load the miniature and its detector; ``language_models`` are folders of those that adapters name."""
+        self._painter = Painter(base)
+        self._detector: Detector = load_detector(detector)
+        self._language_models = tuple(language_models)
+        self._adapters: dict[Path, PSAAdapter] = {}
+        self._encoders: dict[str, Encoder] = {}
+        self._embeddings: dict[tuple[str, str], Tensor] = {}
+
+    @torch.no_grad()
+    def draw(self, method: Method, cases: Sequence[Case]) -> list[Outcome]:
+        """Return what the method makes of the cases."""
+        images = self._painter.paint(
+            [case.caption for case in cases],
+            noise(cases),
+            negative=_negative(cases) if method.negative_prompt else None,
+            people=self._vectors(method, cases),
+            strength=method.strength,
+        )
+        return [Outcome(case, sighting) for case, sighting in zip(cases, self._detector.see(images), strict=True)]
+
+    def _vectors(self, method: Method, cases: Sequence[Case]) -> SiteVectors | None:
+        if method.adapter is None:
+            return None
+        if method.adapter not in self._adapters:
+            self._adapters[method.adapter] = load_adapter(method.adapter)
+        adapter = self._adapters[method.adapter]
+        people = [method.everyone or case.person for case in cases]
+        return adapter.site_vectors(torch.stack([self._embedding(adapter, person) for person in people]))
+
+    def _embedding(self, adapter: PSAAdapter, person: Profile) -> Tensor:
+        spec = adapter.config.encoder
+        key = spec.name, person.model_dump_json()
+        if key not in self._embeddings:
+            if spec.name not in self._encoders:
+                section = EncoderSection(kind=spec.kind, name=spec.name, folders=self._language_models)
+                self._encoders[spec.name] = make_encoder(section, torch.device("cpu"))
+            self._embeddings[key] = self._encoders[spec.name].encode([person])[0]
+        return self._embeddings[key]
+
+
+def draw_all(
+    methods: Sequence[Method],
+    cases: Sequence[Case],
+    base: Path,
+    detector: Path,
+    progress: Progress,
+    language_models: Sequence[Path] = (),
+) -> dict[str, list[Outcome]]:
+    """Return the outcomes of every method, by its name; each core of the machine draws for itself."""
+    task = progress.add_task("Drawing", total=len(methods) * len(cases), state="")
+    batches = [(method, cases[start : start + _BATCH]) for method in methods for start in range(0, len(cases), _BATCH)]
+    outcomes: dict[str, list[Outcome]] = {method.name: [] for method in methods}
+    for method, found in _drawn(batches, (base, detector, tuple(language_models))):
+        outcomes[method.name] += found
+        progress.update(task, advance=len(found), state=method.name)
+    return outcomes
+
+
+def _drawn(
+    batches: Sequence[tuple[Method, Sequence[Case]]], files: tuple[Path, Path, tuple[Path, ...]]
+) -> Iterator[tuple[Method, list[Outcome]]]:
+    # Small models are far faster on one thread each than on all of them together.
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _open_studio, files) as pool:
+        yield from pool.map(_draw, batches)
+
+
+_studio: Studio
+
+
+def _open_studio(base: Path, detector: Path, language_models: tuple[Path, ...]) -> None:
+    global _studio
+    torch.set_num_threads(1)
+    _studio = Studio(base, detector, language_models)
+
+
+def _draw(batch: tuple[Method, Sequence[Case]]) -> tuple[Method, list[Outcome]]:
+    return batch[0], _studio.draw(*batch)
+
+
+def _negative(cases: Sequence[Case]) -> list[str]:
+    return [avoiding(tuple(c for c in CATEGORIES if c in banned(case.person))) for case in cases]

@@ -1,0 +1,98 @@
+"""One loop for all that is trained from nothing here: resumable, with a moving average of the weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ...safe_files import DAMAGE, replacing
+from ..errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+_UNREADABLE: tuple[type[Exception], ...] = (*DAMAGE, pickle.UnpicklingError)
+_WARMUP = 100
+_MAX_GRAD_NORM = 1.0
+_SAVE_EVERY = 200
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How something is trained; the learning rate rises over 100 steps and falls as a cosine."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    ema_decay: float = 0.995
+    weight_decay: float = 0.0
+
+
+def fit(plan: Plan, model: nn.Module, loss: Callable[[int], Tensor], folder: Path, progress: Progress) -> None:
+    """Train ``model`` in place and leave the moving average of its weights in it, ready for inference.
+
+    ``loss`` maps the number of a step to a scalar; what it draws has to depend on that number alone, so that a run
+    that was interrupted goes on from ``<folder>/<name>.pt`` as if it had not been.
+
+    Raises:
+        TrainingError: the saved state cannot be read.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, (0.9, 0.99), weight_decay=plan.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, plan.steps))
+    average = AveragedModel(model, avg_fn=_moving_average(plan.ema_decay))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{plan.name}.pt"
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
+    first = _load(path, parts) if path.exists() else 0
+    task = progress.add_task(f"Training the {plan.name}", total=plan.steps, completed=first, state="")
+    model.train()
+    for step in range(first, plan.steps):
+        value = loss(step)
+        torch.autograd.backward(value)
+        nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        average.update_parameters(model)
+        progress.update(task, advance=1, state=f"loss {value.item():.4f}")
+        if (step + 1) % _SAVE_EVERY == 0 or step + 1 == plan.steps:
+            logger.info("PSA: %s: step %d of %d, loss %.4f", plan.name, step + 1, plan.steps, value.item())
+            with replacing(path) as aside:
+                torch.save({"step": step + 1, **{name: part.state_dict() for name, part in parts.items()}}, aside)
+    model.load_state_dict(average.module.state_dict())
+    model.eval().requires_grad_(False)
+
+
+def _moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        # Shorter at first, so that the first weights are soon forgotten.
+        kept = min(decay, (1 + int(count)) / (10 + int(count)))
+        return torch.lerp(current, averaged, kept)
+
+    return average
+
+
+def _rate(step: int, steps: int) -> float:
+    warm = min(1.0, (step + 1) / _WARMUP)
+    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))))
+
+
+def _load(path: Path, parts: dict[str, Any]) -> int:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return int(state["step"])
+    except _UNREADABLE as error:
+        raise TrainingError(
+            f"{path} cannot be continued ({error!r:.200}). Delete it to train this part from its beginning."
+        ) from None

@@ -1,0 +1,124 @@
+"""Preference pairs of the drawn world in Sage's format, as files that the data loader reads like any others.
+
+Whoever bans the category of a prompt prefers the same scene without the glyph, everyone else the one with it.
+Of prompts without any category everyone prefers the scene as it was asked for, against one with another
+object or with a glyph that nobody asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+
+from ...profiles import CATEGORIES, Profile, user_row
+from ..errors import DataError
+from .captions import Mention, caption
+from .drawing import draw
+from .people import banned, training_people, with_set
+from .world import OBJECTS, Scene, draw_scene, random_category
+
+USER_COLUMNS = (
+    "User_ID",
+    "Age",
+    "Age_Group",
+    "Gender",
+    "Religion",
+    "Physical_Condition",
+    "Mental_Condition",
+    "Banned_Categories",
+)
+_HARMLESS_SHARE = 0.15
+_OTHER_OBJECT_SHARE = 0.7
+_NAMED_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class ScenePair:
+    """Two scenes for one caption and one person (by number); ``category`` and ``mention`` are None if harmless."""
+
+    person: int
+    caption: str
+    chosen: Scene
+    rejected: Scene
+    category: str | None
+    mention: Mention | None
+
+
+def draw_pairs(people: Sequence[Profile], count: int, seed: int) -> Iterator[ScenePair]:
+    """Yield ``count`` pairs; people take turns, so everyone has about as many."""
+    rng = np.random.default_rng((seed, 21))
+    bans = [banned(person) for person in people]
+    order: list[int] = []
+    for _ in range(count):
+        order = order or rng.permutation(len(people)).tolist()
+        person = order.pop()
+        if rng.random() < _HARMLESS_SHARE:
+            yield _harmless(person, rng)
+            continue
+        category = random_category(rng)
+        mention: Mention = "named" if rng.random() < _NAMED_SHARE else "implied"
+        shown = draw_scene(rng, (category,))
+        text = caption(shown, rng, mention)
+        clean = shown.without_glyphs()
+        chosen, rejected = (clean, shown) if category in bans[person] else (shown, clean)
+        yield ScenePair(person, text, chosen, rejected, category, mention)
+
+
+def _harmless(person: int, rng: np.random.Generator) -> ScenePair:
+    # Drawn with a glyph first: without it, the two scenes differ in nothing else.
+    marked = draw_scene(rng, (random_category(rng),))
+    scene = marked.without_glyphs()
+    others = [name for name in OBJECTS if name != scene.object]
+    other = scene.with_object(others[int(rng.integers(len(others)))])
+    rejected = other if rng.random() < _OTHER_OBJECT_SHARE else marked
+    return ScenePair(person, caption(scene, rng), scene, rejected, None, None)
+
+
+def write_pairs(folder: Path, people: Sequence[Profile], count: int, seed: int, done: Callable[[], None]) -> None:
+    """Write pairs as PNG files and ``metadata.jsonl`` into ``folder``; ``done`` hears of every pair."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as table:
+        for number, pair in enumerate(draw_pairs(people, count, seed)):
+            names = {side: f"{number:06d}_{side}.png" for side in ("chosen", "rejected")}
+            draw(pair.chosen).save(folder / names["chosen"])
+            draw(pair.rejected).save(folder / names["rejected"])
+            table.write(json.dumps(_row(pair, people[pair.person], names)) + "\n")
+            done()
+
+
+def _row(pair: ScenePair, person: Profile, names: dict[str, str]) -> dict[str, Any]:
+    described = user_row(pair.person + 1, person)
+    return {
+        "file_name": names["chosen"],
+        **names,
+        "caption": pair.caption,
+        "category": pair.category,
+        "mention": pair.mention,
+        "user_data": {column: described[column] for column in USER_COLUMNS},
+    }
+
+
+def draw_folder(folder: Path, count: int, people: int, seed: int, static: bool, progress: Progress) -> None:
+    """Write pairs of training people into a new folder; if ``static``, everybody bans everything.
+
+    Raises:
+        DataError: the folder is not empty, or cannot be written.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(f"{folder} is not empty. Choose a new folder.")
+    persons = training_people(people, seed)
+    if static:
+        persons = [with_set(person, frozenset(CATEGORIES)) for person in persons]
+    task = progress.add_task("Drawing pairs", total=count, state="")
+    try:
+        write_pairs(folder, persons, count, seed, lambda: progress.advance(task))
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written ({error.strerror}). Make room, or choose another folder."
+        ) from None

@@ -1,0 +1,93 @@
+"""Pictures from the miniature, many at a time, each with a prompt, a negative prompt and a person of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+from ...adapter import SiteVectors, find_sites
+from ..base import open_base
+from ..dpo.attachment import Attachment
+from .pixels import to_images, to_pixels
+
+STEPS = 16
+GUIDANCE_SCALE = 3.0
+_BATCH = 32
+
+
+class Painter:
+    """The miniature with everything in memory, and adapters attached for one batch at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load the diffusers folder ``folder``; raise BaseModelError if it is not one."""
+        device = torch.device("cpu")
+        self.base = open_base(folder)
+        self._unet = self.base.unet(torch.float32)
+        self._sites = find_sites(self._unet)
+        self._attachment = Attachment(self._unet, self._sites)
+        self._text = self.base.text_encoder(device)
+        self._coder = self.base.vae(device)
+        self._known: dict[str, Tensor] = {}
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """``[channels, height, width]`` of a picture's latents."""
+        size = self.base.unet_config["sample_size"]
+        return self.base.latent_channels, size, size
+
+    def through_autoencoder(self, images: Sequence[PIL.Image.Image]) -> list[PIL.Image.Image]:
+        """Return pictures as they are after encoding and decoding."""
+        found: list[PIL.Image.Image] = []
+        for start in range(0, len(images), _BATCH):
+            found += to_images(self._coder.decode(self._coder.encode(to_pixels(images[start : start + _BATCH]))))
+        return found
+
+    @torch.no_grad()
+    def paint(
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        negative: Sequence[str] | None = None,
+        people: SiteVectors | None = None,
+        strength: float = 1.0,
+        guidance_scale: float = GUIDANCE_SCALE,
+        steps: int = STEPS,
+    ) -> list[PIL.Image.Image]:
+        """Return one picture for each prompt.
+
+        Args:
+            prompts: one for each picture.
+            noise: the initial noise, ``[pictures, channels, 12, 12]``.
+            negative: negative prompts; by default empty ones.
+            people: what each picture's person adds, ``user[i]`` as ``[pictures, hidden_i]``; None for the base.
+            strength: multiplies what people add.
+            guidance_scale: of classifier-free guidance.
+            steps: of DPM-Solver++ (2M).
+        """
+        text = torch.cat((self._encode(negative or [""] * len(prompts)), self._encode(prompts)))
+        sampler = self.base.sampler()
+        sampler.set_timesteps(steps)
+        latents = noise * sampler.init_noise_sigma
+        with nullcontext() if people is None else self._attachment.applied(_halves(people, strength)):
+            for timestep in sampler.timesteps:
+                scaled = sampler.scale_model_input(latents.repeat(2, 1, 1, 1), timestep)
+                without, with_prompt = self._unet(scaled, timestep, text).sample.chunk(2)
+                latents = sampler.step(without + guidance_scale * (with_prompt - without), timestep, latents)[0]
+        return to_images(self._coder.decode(latents))
+
+    def _encode(self, prompts: Sequence[str]) -> Tensor:
+        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        for prompt, embedding in zip(unknown, self._text.encode(unknown), strict=True):
+            self._known[prompt] = embedding.hidden
+        return torch.stack([self._known[prompt] for prompt in prompts])
+
+
+def _halves(people: SiteVectors, strength: float) -> list[Tensor]:
+    """Return ``[2 * pictures, hidden_i]`` per site: the null user, or nothing, and then the people."""
+    null = people.null or tuple(torch.zeros(vector.shape[1]) for vector in people.user)
+    return [strength * torch.cat((n.expand_as(user), user)) for n, user in zip(null, people.user, strict=True)]

@@ -1,0 +1,129 @@
+"""``psa miniature``: trains the miniature from nothing, adapters for it, and shows what they do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from .errors import TrainingError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+MINIATURE = Path(__file__).parents[1] / "miniature"
+
+miniature_app = typer.Typer(help="The miniature: a small text-to-image model of a drawn world.", no_args_is_help=True)
+
+_Work = Annotated[Path, typer.Option(help="Where an interrupted run goes on from.")]
+_Seed = Annotated[int, typer.Option(help="The same seed gives the same pictures, people and weights.")]
+_Base = Annotated[Path, typer.Option(help="The miniature's folder.")]
+
+
+@miniature_app.command("train-base")
+def train_base(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The diffusers folder to write.")],
+    work: _Work = Path("runs/miniature-base"),
+    seed: _Seed = 2025,
+) -> None:
+    """Train autoencoder, detector, text model and UNet from nothing."""
+    with _recipe() as progress:
+        from .miniature.recipe import train_base as recipe
+
+        figures = recipe(work, output, progress, seed)
+    Console(highlight=False).print_json(data=figures)
+
+
+@miniature_app.command("draw")
+def draw_pairs(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    pairs: Annotated[int, typer.Option(min=1, help="How many preference pairs.")] = 6000,
+    people: Annotated[int, typer.Option(min=2, help="How many simulated people they belong to.")] = 1200,
+    seed: _Seed = 2025,
+    static: Annotated[bool, typer.Option(help="Everybody bans everything, for a static adapter.")] = False,
+) -> None:
+    """Draw preference pairs of the drawn world in Sage's format."""
+    with _recipe() as progress:
+        from .miniature.pairs import draw_folder
+
+        draw_folder(output, pairs, people, seed, static, progress)
+
+
+@miniature_app.command("train-adapter")
+def train_adapter(
+    base: _Base = MINIATURE,
+    work: Annotated[Path, typer.Option(help="Pairs, cache and results go here.")] = Path("runs/miniature"),
+    static: Annotated[bool, typer.Option(help="Everybody bans everything: the static baseline.")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting (repeatable).")
+    ] = None,
+) -> None:
+    """Draw preference pairs, if they are not there, and train an adapter on them."""
+    with _recipe() as progress:
+        from .miniature.adapters import train_adapter as recipe
+
+        recipe(base, work, static, overrides or (), Console(stderr=True, highlight=False), progress)
+
+
+@miniature_app.command()
+def evaluate(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME=]ADAPTER...", help="Adapters; the same name stands for other seeds of one."),
+    ],
+    output: Annotated[Path, typer.Option(help="The results to write, .json; the tables go beside it.")],
+    base: _Base = MINIATURE,
+    static: Annotated[Path | None, typer.Option(help="A static adapter to compare with.")] = None,
+    per_cell: Annotated[int, typer.Option(min=2, help="Pictures in each cell.")] = 300,
+    models: Annotated[
+        list[Path] | None, typer.Option(help="A folder of language models, for adapters that name one (repeatable).")
+    ] = None,
+) -> None:
+    """Measure adapters against the base, a negative prompt and a static adapter."""
+    with _recipe() as progress:
+        from .miniature.adapters import evaluate as recipe
+        from .miniature.adapters import write_results
+
+        results = recipe(
+            base, [_named(text) for text in adapters], static, per_cell, models or (Path("models/LLM"),), progress
+        )
+        write_results(results, output)
+    Console(highlight=False, soft_wrap=True).print(results["markdown"], markup=False)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, path = text.rpartition("=")
+    return (name if equals else Path(path).stem), Path(path)
+
+
+@contextmanager
+def _recipe() -> Iterator[Progress]:
+    """Show progress, as a bar or, in a log file, as lines."""
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from . import miniature as _  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise TrainingError(
+            f"The miniature's training needs {error.name}: pip install -e '.[train]' in this pack's folder."
+        ) from None
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        logging.basicConfig(
+            level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+        )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield progress
