@@ -58,7 +58,7 @@ def rich(random_adapter: MakeAdapter) -> PSAAdapter:
     adapter = random_adapter(
         seed=3,
         null="none",
-        base="miniature",
+        base="toy",
         categories=("Spiders", "Clowns"),
         encoder=EncoderSpec(kind="llm", name="org/model", template="Alter {Age}, für {Gender}\n"),
         training={"steps": 1400, "rate": 2e-3, "losses": [0.693, None], "data": {"name": "drawn", "seeds": [1, 2]}},
@@ -100,7 +100,7 @@ def test_file_describes_itself(rich: PSAAdapter, tmp_path: Path) -> None:
     assert metadata["format_version"] == "1"
     assert json.loads(metadata["config"]) == {
         "kind": "constant",
-        "base": "miniature",
+        "base": "toy",
         "hidden_sizes": [8, 16, 24],
         "cross_attention_dim": 12,
         "embedding_dim": 10,
