@@ -6,16 +6,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.progress import Progress
 
 from .errors import TrainingError
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from .progress import progress_bar
 
 MINIATURE = Path(__file__).parents[1] / "miniature"
 
@@ -104,26 +103,16 @@ def _named(text: str) -> tuple[str, Path]:
 
 @contextmanager
 def _recipe() -> Iterator[Progress]:
-    """Show progress, as a bar or, in a log file, as lines."""
-    try:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        from . import miniature as _  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise TrainingError(
-            f"The miniature's training needs {error.name}: pip install -e '.[train]' in this pack's folder."
-        ) from None
+    """Show progress, as a bar or, in a log file, as lines; say what to install if a package is missing."""
     console = Console(stderr=True)
     if not console.is_terminal:
         logging.basicConfig(
             level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
         )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield progress
+    try:
+        with progress_bar(console) as progress:
+            yield progress
+    except ModuleNotFoundError as error:
+        raise TrainingError(
+            f"The miniature's training needs {error.name}: pip install -e '.[train]' in this pack's folder."
+        ) from None

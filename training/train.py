@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from diffusers import DDPMScheduler
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..adapter import save_adapter
 from ..profiles.encoders.attributes import DIM as ATTRIBUTES_DIM
@@ -33,6 +30,7 @@ from .dpo.trainer import StepReport, Trainer
 from .dpo.validation import Validation
 from .errors import TrainingError
 from .preparation import TrainingData, make_adapter, prepare_data, seeded
+from .progress import progress_bar
 
 
 class StoppedError(TrainingError):
@@ -73,7 +71,7 @@ def train(config: TrainConfig, console: Console) -> Path:
     configure_unet(base.empty_unet(), config.model)
     scheduler = base.noise_scheduler()
     draws = _make_draws(config, scheduler)
-    with _progress(console, accelerator) as progress:
+    with progress_bar(console, shown=accelerator.is_main_process) as progress:
         data = prepare_data(config, base, accelerator.state, draws, progress)
         adapter = seeded(make_adapter(config, base, data), draws)
 
@@ -175,20 +173,6 @@ def _start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) ->
     # TensorBoard: what an interrupted run wrote after its checkpoint is taken back.
     tensorboard: dict[str, Any] = {"purge_step": step + 1} if step else {}
     accelerator.init_trackers(config.tracking.project, settings, {"tensorboard": tensorboard})
-
-
-@contextmanager
-def _progress(console: Console, accelerator: Accelerator) -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
-    )
-    shown = accelerator.is_main_process and console.is_terminal
-    with Progress(*columns, console=console, disable=not shown) as progress:
-        yield progress
 
 
 def _state(report: StepReport) -> str:
