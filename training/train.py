@@ -172,7 +172,8 @@ def _start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) ->
     }
     # TensorBoard: what an interrupted run wrote after its checkpoint is taken back.
     tensorboard: dict[str, Any] = {"purge_step": step + 1} if step else {}
-    accelerator.init_trackers(config.tracking.project, settings, {"tensorboard": tensorboard})
+    wandb = {"dir": str(config.run.output)}
+    accelerator.init_trackers(config.tracking.project, settings, {"tensorboard": tensorboard, "wandb": wandb})
 
 
 def _state(report: StepReport) -> str:

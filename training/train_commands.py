@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -34,9 +36,18 @@ def train(
     if dry_run:
         Console(highlight=False).print(recipe.dry_run(settings))
         return
-    try:
+    with interruptions(console):
         recipe.train(settings, console)
-    except recipe.StoppedError as stopped:
+
+
+@contextmanager
+def interruptions(console: Console) -> Iterator[None]:
+    """Within the block, a run that a signal ended says how to go on, and ends the command as that signal would."""
+    from .train import StoppedError
+
+    try:
+        yield
+    except StoppedError as stopped:
         if stopped.speaks:
             console.print(f"psa: {stopped}", style="yellow", markup=False)
         raise typer.Exit(128 + stopped.signal) from None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models import attention_processor
 from diffusers_testing import TwoBranchAttention
 from torch import Tensor
 from training_testing import DIM, pair_batch, tiny_adapter, tiny_unet
@@ -246,3 +248,41 @@ def test_a_compiled_unet_gives_the_same_and_is_not_compiled_again() -> None:
     assert graphs == counter.frame_count == 2  # with and without vectors
     for a, b in zip(compiled, plain, strict=True):
         assert torch.allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_xformers_attention_gives_the_same_loss_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """Diffusers' own processor for xformers; of xformers only the kernel, which needs a GPU, is replaced."""
+    calls = []
+
+    def memory_efficient_attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_bias: Tensor | None = None, p: float = 0.0,
+        scale: float | None = None, *, op: object = None,
+    ) -> Tensor:  # fmt: skip
+        calls.append(query.shape)
+        return F.scaled_dot_product_attention(query, key, value, attn_bias, p, scale=scale)
+
+    kernels = SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=memory_efficient_attention))
+    monkeypatch.setattr(attention_processor, "xformers", kernels, raising=False)
+    results = []
+    for xformers in (False, True):
+        unet = tiny_unet()
+        adapter = tiny_adapter(unet, trained=True)
+        if xformers:
+            unet.set_attn_processor(attention_processor.XFormersAttnProcessor())
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        policy, vectors = policy_for(unet, adapter), UserVectors(adapter)
+        batch = pair_batch()
+        reference = policy.reference_errors(batch)
+        with policy.errors(vectors, batch) as model:
+            loss = diffusion_dpo_loss(model, reference, BETA).loss
+            loss.mean().backward()
+        results.append((loss.detach(), [parameter.grad for parameter in adapter.parameters()]))
+    assert len(calls) > 0
+    (plain, plain_gradients), (found, gradients) = results
+    assert torch.allclose(found, plain, rtol=1e-4)
+    for ours, theirs in zip(gradients, plain_gradients, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)

@@ -235,6 +235,21 @@ def test_optimizer_state_is_that_of_the_real_optimizer(bases: dict[str, BaseMode
     assert found.optimizer == measured
 
 
+def test_8_bit_adamw_is_that_of_bitsandbytes(bases: dict[str, BaseModel]) -> None:
+    """Its own step, on a CPU, in place of the CUDA device that the trainer wants for it."""
+    section = OptimizerSection.model_validate({"kind": "adamw8bit", "learning_rate": 1e-2, "betas": [0.8, 0.9]})
+    weight = nn.Parameter(torch.ones(64, 128))  # it leaves small tensors in 32 bits
+    before = weight.detach().clone()
+    optimizer = make_optimizer([weight], section, torch.device("cuda"))
+    weight.grad = torch.linspace(-1, 1, weight.numel()).reshape(weight.shape)
+    optimizer.step()
+    assert optimizer.defaults["betas"] == (0.8, 0.9)
+    state = optimizer.state[weight]
+    assert state["state1"].dtype == state["state2"].dtype == torch.uint8
+    # AdamW's first step is the learning rate, against the gradient's sign.
+    assert torch.allclose(weight, before - 1e-2 * weight.grad.sign(), atol=2e-3)
+
+
 def test_adapter_side_of_memory(bases: dict[str, BaseModel]) -> None:
     adapter = real_adapter(bases["sd"].empty_unet(), 10)
     size = 4 * sum(parameter.numel() for parameter in adapter.parameters())

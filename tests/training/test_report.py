@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from comfyui_psa.training.config import TrainConfig, load_config
-from comfyui_psa.training.dpo.metrics import METRICS, MetricsFile
+from comfyui_psa.training.dpo.metrics import METRICS, MetricsFile, device_memory
 from comfyui_psa.training.dpo.report import write_report
 from comfyui_psa.training.errors import TrainingError
 
@@ -170,3 +171,11 @@ def test_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path, co
     with pytest.raises(TrainingError, match=r"report cannot be written to .* metrics\.jsonl holds all"):
         write_report(tmp_path, config, {"run": "second"})
     assert (tmp_path / "training_report.md").read_bytes() == before
+
+
+def test_the_memory_of_a_gpu_is_one_of_the_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: devices.append(device) or 12_345_000_000)
+    assert device_memory(torch.device("cuda", 1)) == {"gpu_memory_gb": 12.345}
+    assert devices == [torch.device("cuda", 1)]
+    assert device_memory(torch.device("cpu")) == {}

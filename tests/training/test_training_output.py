@@ -48,6 +48,23 @@ def test_the_curves_of_a_run(runs: dict[str, Run]) -> None:
     assert events.Tags()["images"] == ["grid"]
 
 
+def test_weights_and_biases_is_given_curves_and_pictures(
+    bases: dict[str, Base], split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = {"tracking.trackers": ("wandb",), "validation.grid_every": 3, "validation.grid_steps": 1}
+    config = train_tiny(bases["sd"], split, tmp_path / "run", settings).config
+    (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert len(list(kept.glob("files/media/images/grid_*.png"))) == 1
+
+    # A log of protocol buffers, in which numbers are JSON.
+    content = next(kept.glob("*.wandb")).read_bytes()
+    for line in metrics(config):
+        for name in ("loss", "implicit_accuracy", "gradient_norm"):
+            assert name.encode() in content
+            assert json.dumps(line[name]).encode() in content
+
+
 def test_held_out_pairs_and_unseen_users_are_looked_at_apart(runs: dict[str, Run]) -> None:
     text = (runs["sd"].config.run.output / "metrics.jsonl").read_text()
     lines = [line for line in map(json.loads, text.splitlines()) if "seen/loss" in line]

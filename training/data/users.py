@@ -9,7 +9,7 @@ import ast
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -238,15 +238,28 @@ def make_encoder(section: EncoderSection, device: torch.device) -> Encoder:
         DataError: there is no such encoder, or its template cannot be read.
         EncoderError: the language model is not on this machine.
     """
-    spec = encoder_spec(section)
-    if spec.template is None:
+    return encoder_of(encoder_spec(section), section.folders, device)
+
+
+def encoder_of(spec: EncoderSpec, folders: Sequence[Path], device: torch.device) -> Encoder:
+    """Return the encoder that an adapter names; ``folders`` are where language models lie.
+
+    Raises:
+        DataError: there is no such encoder, or the adapter does not tell its template.
+        EncoderError: the language model is not on this machine.
+    """
+    if spec.kind == "attributes":
         if spec.name != AttributesEncoder.identity:
             raise DataError(
                 f'There is no attributes encoder "{spec.name}"; this version has "{AttributesEncoder.identity}". For a '
                 'language model set kind = "llm".'
             )
         return AttributesEncoder()
-    files = find_language_model(spec.name, section.folders)
+    if spec.template is None:
+        raise DataError(
+            f"The adapter does not tell the template that it gave to {spec.name}. Convert it with --template."
+        )
+    files = find_language_model(spec.name, folders)
     host: ModelHost = DeviceHost(device) if device.type == "cuda" else CPUHost()
     return LanguageModelEncoder(spec.name, spec.template, files, host)
 

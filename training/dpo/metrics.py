@@ -79,6 +79,11 @@ def adapter_norms(adapter: PSAAdapter) -> dict[str, float]:
     return {"adapter/projection_norm": _norm(adapter.user_proj.proj.weight), "adapter/values_norm": math.sqrt(values)}
 
 
+def device_memory(device: torch.device) -> dict[str, float]:
+    """Return the largest memory that torch has held on a CUDA device so far, in GB; nothing for other devices."""
+    return {"gpu_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}
+
+
 def _norm(weight: Tensor) -> float:
     # FSDP holds a shard of a weight, and gives the whole of it on demand.
     return float((weight.full_tensor() if hasattr(weight, "full_tensor") else weight).norm())

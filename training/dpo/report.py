@@ -162,6 +162,7 @@ def _chapters(config: TrainConfig) -> tuple[Chapter, ...]:
                 Panel("Loss", _by_split("loss"), (math.log(2), "ln 2")),
                 Panel("Implicit accuracy", _by_split("implicit_accuracy"), (0.5, "chance")),
                 Panel("Margin", _by_split("margin"), (0.0, "reference")),
+                Panel("Anchor", _by_split("anchor"), (0.0, "reference")),
             ),
             "The loss starts at ln 2 = 0.693, the value of an adapter that does nothing, and falls slowly under much "
             "noise. Held-out pairs should follow the training curve; where they turn upwards, the run is too long. "
@@ -169,7 +170,8 @@ def _chapters(config: TrainConfig) -> tuple[Chapter, ...]:
             "heart. The margin grows without bound. Sudden jumps, or a loss that stays above ln 2, mean that "
             "`optimizer.learning_rate` or `loss.beta` is too high. **Implicit accuracy says nothing about the "
             "pictures**: it was 0.85 to 0.99 in runs that did what their users wanted and in runs that did not. It "
-            "only has to leave 0.5.",
+            "only has to leave 0.5. The anchor is there with `loss.winner_anchor`: chosen images should not get worse "
+            "than in the base, so it belongs near 0 or below.",
         ),
         Chapter(
             "errors",

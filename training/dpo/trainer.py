@@ -21,7 +21,7 @@ from ..errors import TrainingError
 from .batches import Batches
 from .checkpoints import Checkpoints, Progress, Stateful
 from .denoising import PairBatch, error_weights
-from .metrics import MetricsFile, PairRecords, Unlogged, adapter_norms, summarise
+from .metrics import MetricsFile, PairRecords, Unlogged, adapter_norms, device_memory, summarise
 from .optimizers import make_optimizer, make_schedule
 from .policy import Policy, RememberedReference
 from .signals import StopSignals
@@ -232,10 +232,8 @@ class Trainer:
         return values
 
     def _adapter_values(self) -> dict[str, float]:
-        values = adapter_norms(self.accelerator.unwrap_model(self.vectors).adapter)
-        if self.accelerator.device.type == "cuda":
-            values["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        return values
+        adapter = self.accelerator.unwrap_model(self.vectors).adapter
+        return adapter_norms(adapter) | device_memory(self.accelerator.device)
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=step)
