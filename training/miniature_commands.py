@@ -14,9 +14,9 @@ from rich.logging import RichHandler
 from rich.progress import Progress
 
 from .errors import TrainingError
+from .miniature import MINIATURE, PAIRS, PEOPLE, SEED
 from .progress import progress_bar
-
-MINIATURE = Path(__file__).parents[1] / "miniature"
+from .train_commands import interruptions
 
 miniature_app = typer.Typer(help="The miniature: a small text-to-image model of a drawn world.", no_args_is_help=True)
 
@@ -29,7 +29,7 @@ _Base = Annotated[Path, typer.Option(help="The miniature's folder.")]
 def train_base(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The diffusers folder to write.")],
     work: _Work = Path("runs/miniature-base"),
-    seed: _Seed = 2025,
+    seed: _Seed = SEED,
 ) -> None:
     """Train autoencoder, detector, text model and UNet from nothing."""
     with _recipe() as progress:
@@ -42,9 +42,9 @@ def train_base(
 @miniature_app.command("draw")
 def draw_pairs(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
-    pairs: Annotated[int, typer.Option(min=1, help="How many preference pairs.")] = 6000,
-    people: Annotated[int, typer.Option(min=2, help="How many simulated people they belong to.")] = 1200,
-    seed: _Seed = 2025,
+    pairs: Annotated[int, typer.Option(min=1, help="How many preference pairs.")] = PAIRS,
+    people: Annotated[int, typer.Option(min=2, help="How many simulated people they belong to.")] = PEOPLE,
+    seed: _Seed = SEED,
     static: Annotated[bool, typer.Option(help="Everybody bans everything, for a static adapter.")] = False,
 ) -> None:
     """Draw preference pairs of the drawn world in Sage's format."""
@@ -59,15 +59,20 @@ def train_adapter(
     base: _Base = MINIATURE,
     work: Annotated[Path, typer.Option(help="Pairs, cache and results go here.")] = Path("runs/miniature"),
     static: Annotated[bool, typer.Option(help="Everybody bans everything: the static baseline.")] = False,
+    name: Annotated[str | None, typer.Option(help="Of the run and its file; another run needs another one.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the training; the pairs stay the same.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting (repeatable).")
     ] = None,
 ) -> None:
     """Draw preference pairs, if they are not there, and train an adapter on them."""
+    changes = [*(overrides or ()), *([] if seed is None else [f"run.seed={seed}"])]
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     with _recipe() as progress:
         from .miniature.adapters import train_adapter as recipe
 
-        recipe(base, work, static, overrides or (), Console(stderr=True, highlight=False), progress)
+        with interruptions(console):
+            recipe(base, work, static, name, changes, console, progress)
 
 
 @miniature_app.command()
@@ -89,6 +94,7 @@ def evaluate(
         from .miniature.adapters import evaluate as recipe
         from .miniature.adapters import write_results
 
+        output.parent.mkdir(parents=True, exist_ok=True)
         results = recipe(
             base, [_named(text) for text in adapters], static, per_cell, models or (Path("models/LLM"),), progress
         )
@@ -112,6 +118,10 @@ def _recipe() -> Iterator[Progress]:
     try:
         with progress_bar(console) as progress:
             yield progress
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or 'A file'} cannot be written ({error.strerror}). Make room, or name another folder."
+        ) from None
     except ModuleNotFoundError as error:
         raise TrainingError(
             f"The miniature's training needs {error.name}: pip install -e '.[train]' in this pack's folder."

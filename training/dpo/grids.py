@@ -8,17 +8,16 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ...adapter import SiteVectors
 from ..base import BaseModel, TextEmbedding
 from ..config import ValidationSection
+from ..lettering import font, wrapped
 from .policy import Policy
 
 _MARGIN, _GAP, _SIDE, _LINE = 20, 10, 200, 21
@@ -124,7 +123,8 @@ def _sheet(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], caption
     """Lay pictures out: labels above the columns, captions left of the rows."""
     rows = [[_tile(picture) for picture in row] for row in rows]
     tile = rows[0][0].width if rows and rows[0] else _SMALLEST_TILE
-    headings = [_wrapped(label, _font(bold=True), tile, lines=2) for label in labels]
+    plain, bold = font(15), font(15, bold=True)
+    headings = [wrapped(label, bold, tile, lines=2) for label in labels]
     top = _MARGIN + _LINE * max((len(heading) for heading in headings), default=0) + _GAP
     left = _MARGIN + _SIDE + _GAP
     width = left + len(labels) * (tile + _GAP) - _GAP + _MARGIN
@@ -134,11 +134,11 @@ def _sheet(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], caption
     for i, heading in enumerate(headings):
         middle, bottom = left + i * (tile + _GAP) + tile / 2, top - _GAP
         for j, line in enumerate(reversed(heading)):
-            draw.text((middle, bottom - j * _LINE), line, _INK, _font(bold=True), anchor="md")
+            draw.text((middle, bottom - j * _LINE), line, _INK, bold, anchor="md")
     for i, (row, caption) in enumerate(zip(rows, captions, strict=True)):
         y = top + i * (tile + _GAP)
-        for j, line in enumerate(_wrapped(caption or "(empty)", _font(), _SIDE, lines=tile // _LINE)):
-            draw.text((_MARGIN, y + j * _LINE), line, _INK, _font())
+        for j, line in enumerate(wrapped(caption or "(empty)", plain, _SIDE, lines=tile // _LINE)):
+            draw.text((_MARGIN, y + j * _LINE), line, _INK, plain)
         for j, picture in enumerate(row):
             sheet.paste(picture, (left + j * (tile + _GAP), y))
     return sheet
@@ -150,29 +150,3 @@ def _tile(picture: Image.Image) -> Image.Image:
         return picture.resize((_LARGEST_TILE, _LARGEST_TILE), Image.Resampling.LANCZOS)
     factor = -(-_SMALLEST_TILE // picture.width)
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-
-
-def _font(bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Matplotlib's DejaVu: the same on every machine, with more scripts than Pillow's own font."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), 15)
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """Break ``text`` into at most ``lines`` lines of ``width`` pixels, at spaces where there are any."""
-    broken = [""]
-    for word in text.split():
-        if broken[-1] and font.getlength(f"{broken[-1]} {word}") > width:
-            broken.append("")
-        elif broken[-1]:
-            broken[-1] += " "
-        for letter in word:
-            if font.getlength(broken[-1] + letter) > width:
-                broken.append("")
-            broken[-1] += letter
-    if len(broken) > lines:
-        last = broken[lines - 1]
-        while last and font.getlength(f"{last}…") > width:
-            last = last[:-1]
-        broken = [*broken[: lines - 1], f"{last}…"]
-    return broken

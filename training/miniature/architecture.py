@@ -1,7 +1,7 @@
 """The parts of the miniature, untrained, in the classes of diffusers and transformers.
 
-Everything is as in Stable Diffusion 1.x, only smaller: 12 x 12 latents of 96 px, 14 cross-attention layers,
-32 text tokens.
+The UNet and the text model are those of Stable Diffusion 1.x, only smaller: 12 x 12 latents of 96 px, 14
+cross-attention layers, 32 text tokens. Latents have sixteen channels, and the UNet predicts v.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trains the miniature from nothing: autoencoder, detector, then UNet and text model together."""
+"""Trains the miniature's UNet and text model together, from nothing, on captioned scenes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .captions import caption
 from .corpus import Corpus
 from .fitting import Plan, fit
 
-PLAN = Plan("UNet", steps=4200, learning_rate=1.2e-3, ema_decay=0.998, weight_decay=0.01)
+PLAN = Plan("UNet", steps=4000, learning_rate=2e-3, ema_decay=0.998, weight_decay=0.01)
 SCENES = 20_000
-_BATCH = 64
+BATCH = 64
 _PROMPT_DROPOUT = 0.12
 _NAMED_SHARE = 0.55
 
@@ -35,7 +35,7 @@ class Denoiser(nn.Module):
         self.text_encoder = text_encoder
 
     def forward(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
-        """Predict the noise in ``[batch, channels, 12, 12]`` from prompts as ``[batch, 32]`` token numbers."""
+        """Predict v for ``[batch, channels, 12, 12]`` from prompts as ``[batch, 32]`` token numbers."""
         text = self.text_encoder(tokens).last_hidden_state
         return self.unet(noisy, timesteps, text).sample
 
@@ -50,18 +50,18 @@ def train_denoiser(
     scheduler = make_scheduler()
 
     def loss(step: int) -> Tensor:
-        rng = np.random.default_rng((seed, step, 2))
+        rng = np.random.default_rng((seed, 2, step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        rows = rng.integers(len(corpus.scenes), size=_BATCH)
+        rows = rng.integers(len(corpus.scenes), size=BATCH)
         captions = [_caption(corpus, int(row), rng) for row in rows]
         latents = corpus.latents[torch.from_numpy(rows)]
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (_BATCH,), generator=generator)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (BATCH,), generator=generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = prediction_target(scheduler, latents, noise, timesteps)
         return F.mse_loss(model(noisy, timesteps, to_tokens(tokenizer, captions)), target)
 
-    fit(plan, model, loss, folder, progress)
+    fit(plan, model, loss, folder, seed, progress)
     return model
 
 

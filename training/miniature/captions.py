@@ -15,6 +15,7 @@ from ...profiles import Category
 from .world import GLYPHS, OBJECTS, Scene
 
 Mention = Literal["named", "implied"]
+MENTIONS: tuple[Mention, ...] = ("named", "implied")
 
 PLACE_WORDS: dict[str, tuple[str, str]] = {
     "meadow": ("in a meadow", "on the green hills"),

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from ...profiles import CATEGORIES, Category, Profile
 from .architecture import LATENT_CHANNELS, LATENT_SIZE
-from .captions import Mention, caption
+from .captions import MENTIONS, Mention, caption
 from .people import GROUPS, Group, banned, group, training_people, unseen_people
 from .world import draw_scene
 
 _TRIAL = 1_000_000
-
-MENTIONS: tuple[Mention, ...] = ("named", "implied")
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,9 @@ def noise(cases: Sequence[Case]) -> Tensor:
 def _people(kind: Group, unseen: bool, training: int, seed: int) -> list[Profile]:
     if unseen:
         return unseen_people(200, seed, kind)
-    return [person for person in training_people(training, seed) if group(person) == kind]
+    # Not those whom the rules made: unseen people have sets at random, too, so that nothing else differs.
+    people = [person for person in training_people(training, seed) if group(person) == kind]
+    return [person for person in people if kind != "some" or person.overrides]
 
 
 def _asked(

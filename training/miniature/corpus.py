@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...profiles import CATEGORIES
 from ...safe_files import DAMAGE, replacing
 from .drawing import draw
 from .pixels import to_pixels
@@ -35,8 +37,9 @@ def make_corpus(autoencoder: AutoencoderTiny, count: int, seed: int, folder: Pat
     The autoencoder's ``scaling_factor`` becomes what gives these latents a deviation of 1.
     """
     rng = np.random.default_rng((seed, count))
-    scenes = [any_scene(rng) for _ in range(count)]
-    path = folder / f"latents-{count}-{seed}.safetensors"
+    # Lists of any length: a negative prompt may name everything that a person bans.
+    scenes = [any_scene(rng, most=len(CATEGORIES)) for _ in range(count)]
+    path = folder / f"latents-{count}-{seed}-{_digest(autoencoder)}.safetensors"
     latents = _load(path)
     if latents is None:
         latents = encode(autoencoder, scenes, progress)
@@ -57,6 +60,13 @@ def encode(autoencoder: AutoencoderTiny, scenes: Sequence[Scene], progress: Prog
         latents.append(autoencoder.encode(pixels.contiguous(memory_format=torch.channels_last)).latents.contiguous())
         progress.advance(task, len(pixels))
     return torch.cat(latents)
+
+
+def _digest(autoencoder: AutoencoderTiny) -> str:
+    found = hashlib.sha256()
+    for weight in autoencoder.encoder.state_dict().values():
+        found.update(weight.float().contiguous().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def _load(path: Path) -> Tensor | None:

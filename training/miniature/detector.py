@@ -28,8 +28,8 @@ from .pixels import to_pixels
 from .sampling import Painter
 from .world import OBJECTS, Scene, any_scene
 
-PLAN = Plan("detector", steps=1500, learning_rate=2e-3)
-_BATCH = 64
+PLAN = Plan("detector", steps=1000, learning_rate=2e-3)
+BATCH = 64
 _DECODED = 3000
 _JUDGE_BATCH = 64
 _LABELS = len(CATEGORIES) + len(OBJECTS)
@@ -111,9 +111,9 @@ def train_detector(
     targets = _targets(scenes)
 
     def loss(step: int) -> Tensor:
-        rng = np.random.default_rng((seed, step, 1))
-        fresh = [any_scene(rng) for _ in range(_BATCH // 2)]
-        again = torch.from_numpy(rng.integers(len(scenes), size=_BATCH // 2))
+        rng = np.random.default_rng((seed, 1, step))
+        fresh = [any_scene(rng) for _ in range(BATCH // 2)]
+        again = torch.from_numpy(rng.integers(len(scenes), size=BATCH // 2))
         pixels = torch.cat((to_pixels(draw(scene) for scene in fresh), decoded[again]))
         noise = torch.Generator().manual_seed(int(rng.integers(2**31)))
         # Generated pictures are a little off in brightness and never quite clean.
@@ -121,7 +121,7 @@ def train_detector(
         pixels = pixels + float(rng.uniform(0, 0.12)) * torch.randn(pixels.shape, generator=noise)
         return F.binary_cross_entropy_with_logits(detector(pixels), torch.cat((_targets(fresh), targets[again])))
 
-    fit(plan, detector, loss, folder, progress)
+    fit(plan, detector, loss, folder, seed, progress)
     return detector
 
 

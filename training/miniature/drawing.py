@@ -22,7 +22,7 @@ _FULL = SIZE * _SCALE
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
-Painter = Callable[["Canvas", np.random.Generator], None]
+DrawPart = Callable[["Canvas", np.random.Generator], None]
 
 
 _WHOLE = Spot(0.5, 0.5, 1.0)
@@ -312,7 +312,7 @@ def glyph_icon(category: Category, size: int) -> PIL.Image.Image:
     return image.resize((size, size), PIL.Image.Resampling.LANCZOS)
 
 
-_PLACES: dict[str, Painter] = {
+_PLACES: dict[str, DrawPart] = {
     "meadow": _meadow,
     "beach": _beach,
     "desert": _desert,
@@ -320,7 +320,7 @@ _PLACES: dict[str, Painter] = {
     "city": _city,
     "night": _night,
 }
-_OBJECTS: dict[str, Painter] = {
+_OBJECTS: dict[str, DrawPart] = {
     "house": _house,
     "tree": _tree,
     "car": _car,

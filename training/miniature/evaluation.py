@@ -13,11 +13,10 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from ...adapter import PSAAdapter, SiteVectors, load_adapter
+from ...adapter import EncoderSpec, PSAAdapter, SiteVectors, load_adapter
 from ...profiles import CATEGORIES, Profile
 from ...profiles.encoders import Encoder
-from ..config import EncoderSection
-from ..data.users import make_encoder
+from ..data.users import encoder_of
 from .captions import avoiding
 from .cases import Case, noise
 from .detector import Detector, Sighting, load_detector
@@ -38,7 +37,6 @@ class Method:
     adapter: Path | None = None
     negative_prompt: bool = False
     everyone: Profile | None = None
-    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,8 @@ class Studio:
         self._detector: Detector = load_detector(detector)
         self._language_models = tuple(language_models)
         self._adapters: dict[Path, PSAAdapter] = {}
-        self._encoders: dict[str, Encoder] = {}
-        self._embeddings: dict[tuple[str, str], Tensor] = {}
+        self._encoders: dict[EncoderSpec, Encoder] = {}
+        self._embeddings: dict[tuple[EncoderSpec, str], Tensor] = {}
 
     @torch.no_grad()
     def draw(self, method: Method, cases: Sequence[Case]) -> list[Outcome]:
@@ -89,7 +87,6 @@ class Studio:
             noise(cases),
             negative=_negative(cases) if method.negative_prompt else None,
             people=self._vectors(method, cases),
-            strength=method.strength,
         )
         return [Outcome(case, sighting) for case, sighting in zip(cases, self._detector.see(images), strict=True)]
 
@@ -104,12 +101,11 @@ class Studio:
 
     def _embedding(self, adapter: PSAAdapter, person: Profile) -> Tensor:
         spec = adapter.config.encoder
-        key = spec.name, person.model_dump_json()
+        key = spec, person.model_dump_json()
         if key not in self._embeddings:
-            if spec.name not in self._encoders:
-                section = EncoderSection(kind=spec.kind, name=spec.name, folders=self._language_models)
-                self._encoders[spec.name] = make_encoder(section, torch.device("cpu"))
-            self._embeddings[key] = self._encoders[spec.name].encode([person])[0]
+            if spec not in self._encoders:
+                self._encoders[spec] = encoder_of(spec, self._language_models, torch.device("cpu"))
+            self._embeddings[key] = self._encoders[spec].encode([person])[0]
         return self._embeddings[key]
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +37,27 @@ class Plan:
     weight_decay: float = 0.0
 
 
-def fit(plan: Plan, model: nn.Module, loss: Callable[[int], Tensor], folder: Path, progress: Progress) -> None:
+def fit(
+    plan: Plan, model: nn.Module, loss: Callable[[int], Tensor], folder: Path, seed: int, progress: Progress
+) -> None:
     """Train ``model`` in place and leave the moving average of its weights in it, ready for inference.
 
     ``loss`` maps the number of a step to a scalar; what it draws has to depend on that number alone, so that a run
     that was interrupted goes on from ``<folder>/<name>.pt`` as if it had not been.
 
     Raises:
-        TrainingError: the saved state cannot be read.
+        TrainingError: the saved state cannot be read, or is of another plan or seed.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, (0.9, 0.99), weight_decay=plan.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), plan.learning_rate, (0.9, 0.99), weight_decay=plan.weight_decay, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, plan.steps))
     average = AveragedModel(model, avg_fn=_moving_average(plan.ema_decay))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{plan.name}.pt"
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
-    first = _load(path, parts) if path.exists() else 0
+    made = {"seed": seed, **asdict(plan)}
+    first = _load(path, parts, made) if path.exists() else 0
     task = progress.add_task(f"Training the {plan.name}", total=plan.steps, completed=first, state="")
     model.train()
     for step in range(first, plan.steps):
@@ -67,7 +72,9 @@ def fit(plan: Plan, model: nn.Module, loss: Callable[[int], Tensor], folder: Pat
         if (step + 1) % _SAVE_EVERY == 0 or step + 1 == plan.steps:
             logger.info("PSA: %s: step %d of %d, loss %.4f", plan.name, step + 1, plan.steps, value.item())
             with replacing(path) as aside:
-                torch.save({"step": step + 1, **{name: part.state_dict() for name, part in parts.items()}}, aside)
+                torch.save(
+                    {"step": step + 1, "made": made, **{name: part.state_dict() for name, part in parts.items()}}, aside
+                )
     model.load_state_dict(average.module.state_dict())
     model.eval().requires_grad_(False)
 
@@ -86,13 +93,23 @@ def _rate(step: int, steps: int) -> float:
     return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))))
 
 
-def _load(path: Path, parts: dict[str, Any]) -> int:
+def _load(path: Path, parts: dict[str, Any], made: dict[str, Any]) -> int:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return int(state["step"])
+        found = state["made"]
+        if found == made:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            return int(state["step"])
     except _UNREADABLE as error:
         raise TrainingError(
             f"{path} cannot be continued ({error!r:.200}). Delete it to train this part from its beginning."
         ) from None
+    raise TrainingError(
+        f"{path} is of another run ({_listed(found)}), and this one is to be made with {_listed(made)}. Name another "
+        "folder with --work, or delete that file."
+    )
+
+
+def _listed(made: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in made.items() if name != "name")

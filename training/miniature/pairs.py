@@ -8,6 +8,7 @@ object or with a glyph that nobody asked for.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,8 @@ def _row(pair: ScenePair, person: Profile, names: dict[str, str]) -> dict[str, A
 def draw_folder(folder: Path, count: int, people: int, seed: int, static: bool, progress: Progress) -> None:
     """Write pairs of training people into a new folder; if ``static``, everybody bans everything.
 
+    They are drawn beside it and come there together: a folder that is there is whole.
+
     Raises:
         DataError: the folder is not empty, or cannot be written.
     """
@@ -116,8 +119,13 @@ def draw_folder(folder: Path, count: int, people: int, seed: int, static: bool, 
     if static:
         persons = [with_set(person, frozenset(CATEGORIES)) for person in persons]
     task = progress.add_task("Drawing pairs", total=count, state="")
+    aside = folder.with_name(f"{folder.name}.partial")
     try:
-        write_pairs(folder, persons, count, seed, lambda: progress.advance(task))
+        shutil.rmtree(aside, ignore_errors=True)
+        write_pairs(aside, persons, count, seed, lambda: progress.advance(task))
+        if folder.exists():
+            folder.rmdir()
+        aside.rename(folder)
     except OSError as error:
         raise DataError(
             f"{folder} cannot be written ({error.strerror}). Make room, or choose another folder."

@@ -12,16 +12,19 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from rich.progress import Progress
+from torch import nn
 
-from ...safe_files import replacing
+from ...safe_files import DAMAGE, replacing
+from ..errors import TrainingError
+from . import SEED
 from . import autoencoder as autoencoder_training
 from . import base as base_training
 from . import detector as detector_training
 from .architecture import make_scheduler
 from .autoencoder import train_autoencoder
 from .base import Denoiser, train_denoiser
-from .captions import caption
-from .cases import MENTIONS
+from .captions import MENTIONS, caption
+from .card import CARD, model_card
 from .corpus import make_corpus
 from .detector import Detector, load_detector, measure_detector, save_detector, train_detector
 from .fitting import Plan
@@ -30,7 +33,6 @@ from .sampling import GUIDANCE_SCALE, STEPS, Painter
 from .tokenizer import write_tokenizer
 from .world import draw_scene, random_category
 
-SEED = 2025
 FIGURES = "figures.json"
 DETECTOR = "detector.safetensors"
 ADAPTERS = "adapters"
@@ -54,8 +56,8 @@ class Extent:
     detector: Plan = detector_training.PLAN
     denoiser: Plan = base_training.PLAN
     scenes: int = base_training.SCENES
-    drawings: int = 2000
-    prompts: int = 600  # of each kind
+    drawings: int = 1000
+    prompts: int = 400  # of each kind
 
 
 def train_base(
@@ -71,14 +73,23 @@ def train_base(
     extent = extent or Extent()
     for folder in (work, output):
         folder.mkdir(parents=True, exist_ok=True)
-    autoencoder = train_autoencoder(work, seed, progress, extent.autoencoder)
+    # As it will be written: everything after it learns from the latents that people will have.
+    autoencoder = train_autoencoder(work, seed, progress, extent.autoencoder).half().float()
     corpus = make_corpus(autoencoder, extent.scenes, seed, work, progress)
     detector = train_detector(autoencoder, corpus, work, seed, progress, extent.detector)
     tokenizer = write_tokenizer(output / "tokenizer")
     denoiser = train_denoiser(tokenizer, corpus, work, seed, progress, extent.denoiser)
     save_detector(detector, output / DETECTOR)
     write_base(output, autoencoder, denoiser)
-    return measure_base(output, progress, seed, extent)
+    figures = measure_base(output, progress, seed, extent)
+    parts = {
+        "vae": autoencoder,
+        "text_encoder": denoiser.text_encoder,
+        "unet": denoiser.unet,
+        "detector": detector,
+    }
+    _write_card(output / CARD, figures, parts, extent)
+    return figures
 
 
 def write_base(output: Path, autoencoder: AutoencoderTiny, denoiser: Denoiser) -> None:
@@ -91,6 +102,18 @@ def write_base(output: Path, autoencoder: AutoencoderTiny, denoiser: Denoiser) -
     index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": version("diffusers")}
     with replacing(output / "model_index.json") as aside:
         aside.write_text(json.dumps({**index, **_PARTS}, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_card(path: Path, figures: dict[str, Any], parts: dict[str, nn.Module], extent: Extent) -> None:
+    plans = {
+        "autoencoder": (extent.autoencoder.steps, autoencoder_training.BATCH),
+        "detector": (extent.detector.steps, detector_training.BATCH),
+        "UNet with text model": (extent.denoiser.steps, base_training.BATCH),
+    }
+    counts = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
+    card = model_card(figures, counts, {"scenes": extent.scenes, "drawings": extent.drawings, "plans": plans})
+    with replacing(path) as aside:
+        aside.write_text(card, encoding="utf-8")
 
 
 def _without_computed_values(path: Path) -> None:
@@ -116,9 +139,23 @@ def measure_base(output: Path, progress: Progress, seed: int, extent: Extent) ->
     return figures
 
 
-def adherence(
-    painter: Painter, detector: Detector, count: int, progress: Progress, seed: int, **options: Any
-) -> dict[str, Any]:
+def read_figures(base: Path) -> dict[str, Any]:
+    """Return the figures that were measured of a base when it was trained.
+
+    Raises:
+        TrainingError: the file is missing or damaged.
+    """
+    path = base / FIGURES
+    try:
+        figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return figures
+    except DAMAGE as error:
+        raise TrainingError(
+            f"{path} cannot be read ({error!r:.200}). Name a folder that `psa miniature train-base` wrote."
+        ) from None
+
+
+def adherence(painter: Painter, detector: Detector, count: int, progress: Progress, seed: int) -> dict[str, Any]:
     """Return how often the base draws what is asked for, by prompts that name a glyph, imply one, or have none."""
     task = progress.add_task("Looking at what the base draws", total=3 * count, state="")
     figures: dict[str, Any] = {}
@@ -131,12 +168,15 @@ def adherence(
             generator = torch.Generator().manual_seed(seed + 1000 * number + start)
             part = captions[start : start + 50]
             noise = torch.randn((len(part), *painter.latent_shape), generator=generator)
-            seen += detector.see(painter.paint(part, noise, **options))
+            seen += detector.see(painter.paint(part, noise))
             progress.advance(task, len(part))
         pairs = list(zip(scenes, seen, strict=True))
-        figures[mention or "harmless"] = {
-            "glyphs as asked": share([s.glyphs == set(scene.glyphs) for scene, s in pairs], seed)._asdict(),
-            "prompted glyph": share([set(scene.glyphs) <= s.glyphs for scene, s in pairs], seed)._asdict(),
-            "object": share([scene.object in s.objects for scene, s in pairs], seed)._asdict(),
+        found = {
+            "glyphs as asked": share([s.glyphs == set(scene.glyphs) for scene, s in pairs], seed=seed)._asdict(),
+            "object": share([scene.object in s.objects for scene, s in pairs], seed=seed)._asdict(),
         }
+        if mention:
+            prompted = [set(scene.glyphs) <= s.glyphs for scene, s in pairs]
+            found = {"prompted glyph": share(prompted, seed=seed)._asdict(), **found}
+        figures[mention or "harmless"] = found
     return figures

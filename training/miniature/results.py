@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 
 from .evaluation import Outcome
+from .people import banned
 
 _RESAMPLES = 2000
 
-# The measures, in the order in which they are shown: what is right about a picture.
+# The measures, in the order in which they are shown.
 MEASURES = ("suppressed", "clean", "substituted", "kept", "object")
+
+Outcomes = Sequence[Outcome]
+Measured = Mapping[str, float]
 
 
 class Share(NamedTuple):
-    """A share of pictures with its 95% bootstrap interval."""
+    """A share of pictures (or a difference of two) with its 95% interval, and the shares of single runs."""
 
     value: float
     low: float
     high: float
     pictures: int
+    runs: tuple[float, ...] = ()
 
 
 class Cell(NamedTuple):
@@ -33,19 +38,63 @@ class Cell(NamedTuple):
     asked: str  # "banned, named" ...
 
 
-def tabulate(outcomes: Iterable[Outcome], seed: int = 0) -> dict[Cell, dict[str, Share]]:
-    """Return the shares of every cell. What a cell does not ask is left out: nobody is asked to keep a banned glyph."""
-    cells: dict[Cell, dict[str, list[bool]]] = {}
-    for outcome in outcomes:
-        case = outcome.case
-        cell = Cell(case.group, "unseen" if case.unseen else "seen", case.cell)
-        values = cells.setdefault(cell, {})
-        for name, value in _measured(outcome).items():
-            values.setdefault(name, []).append(value)
-    return {cell: {name: share(v, seed) for name, v in values.items()} for cell, values in cells.items()}
+Table = dict[Cell, dict[str, Share]]
 
 
-def _measured(outcome: Outcome) -> dict[str, bool]:
+def tabulate(runs: Sequence[Outcomes]) -> Table:
+    """Return the shares of every cell over all runs of a method (trainings with other seeds, on the same cases).
+
+    What a cell does not ask is left out: nobody is asked to keep a banned glyph.
+    """
+    return _tabulate([[(outcome, _measured(outcome)) for outcome in run] for run in runs])
+
+
+def differences(runs: Sequence[Outcomes], base: Outcomes) -> Table:
+    """Return how much each share is above the base's, case by case."""
+    known = {outcome.case.number: _measured(outcome) for outcome in base}
+
+    def less(outcome: Outcome) -> Measured:
+        other = known[outcome.case.number]
+        return {name: value - other[name] for name, value in _measured(outcome).items()}
+
+    return _tabulate([[(outcome, less(outcome)) for outcome in run] for run in runs])
+
+
+def _tabulate(runs: Sequence[Sequence[tuple[Outcome, Measured]]]) -> Table:
+    table: dict[Cell, dict[str, _Values]] = {}
+    for number, run in enumerate(runs):
+        for outcome, measured in run:
+            case = outcome.case
+            cell = Cell(case.group, "unseen" if case.unseen else "seen", case.cell)
+            # People with the same bans, and pictures of the same case, tell less than as many independent ones.
+            cluster: Hashable = banned(case.person) if case.group == "some" else case.number
+            for name, value in measured.items():
+                table.setdefault(cell, {}).setdefault(name, _Values()).add(float(value), cluster, number)
+    return {cell: {name: found.share(len(runs)) for name, found in values.items()} for cell, values in table.items()}
+
+
+class _Values:
+    """The values of a measure in a cell, with the cluster and the run of each."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self.clusters: list[Hashable] = []
+        self.runs: list[int] = []
+
+    def add(self, value: float, cluster: Hashable, run: int) -> None:
+        self.values.append(value)
+        self.clusters.append(cluster)
+        self.runs.append(run)
+
+    def share(self, runs: int) -> Share:
+        found = share(self.values, self.clusters)
+        if runs < 2:
+            return found
+        values, numbers = np.array(self.values), np.array(self.runs)
+        return found._replace(runs=tuple(float(values[numbers == run].mean()) for run in range(runs)))
+
+
+def _measured(outcome: Outcome) -> Measured:
     found: dict[str, bool] = {}
     if outcome.case.category is None:
         found = {"clean": outcome.clean}
@@ -56,38 +105,69 @@ def _measured(outcome: Outcome) -> dict[str, bool]:
     return {**found, "object": outcome.object_kept}
 
 
-def share(values: Sequence[bool], seed: int = 0) -> Share:
-    """Return the share of true values and its 95% bootstrap interval (percentiles)."""
+def share(values: Sequence[float], clusters: Sequence[Hashable] | None = None, seed: int = 0) -> Share:
+    """Return the mean of values and its 95% interval.
+
+    Whole clusters are drawn again (percentile bootstrap); by default every value is one. Where all values are 0 or
+    all are 1, there is nothing to draw, and the interval is Clopper and Pearson's for as many clusters.
+    """
     array = np.asarray(values, dtype=float)
+    names = list(range(len(array))) if clusters is None else list(clusters)
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    index = np.array([places[name] for name in names])
+    sums, counts = np.bincount(index, array), np.bincount(index)
     mean = float(array.mean())
-    if len(array) < 2 or mean in (0.0, 1.0):
+    if np.ptp(array) == 0 and mean in (0.0, 1.0):
+        exact = binomtest(round(mean * len(sums)), len(sums)).proportion_ci()
+        return Share(mean, float(exact.low), float(exact.high), len(array))
+    if np.ptp(sums / counts) == 0:
         return Share(mean, mean, mean, len(array))
     interval = bootstrap(
-        (array,),
-        np.mean,
+        (sums, counts),
+        _ratio,
         n_resamples=_RESAMPLES,
         method="percentile",
+        paired=True,
         vectorized=True,
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Share(mean, float(interval.low), float(interval.high), len(array))
 
 
-def to_markdown(tables: Mapping[str, Mapping[Cell, Mapping[str, Share]]]) -> str:
-    """Return one table of all methods, cell by cell."""
-    lines = ["| people | asked for | method | " + " | ".join(MEASURES) + " |", "|---" * (3 + len(MEASURES)) + "|"]
-    cells = list(dict.fromkeys(cell for table in tables.values() for cell in table))
-    for cell in cells:
+def _ratio(sums: np.ndarray, counts: np.ndarray, axis: int = -1) -> np.ndarray:
+    return sums.sum(axis) / counts.sum(axis)
+
+
+def to_markdown(tables: Mapping[str, Table], measures: Sequence[str] = MEASURES) -> str:
+    """Return one table of all methods, cell by cell, in per cent."""
+    lines = ["| people | asked for | method | " + " | ".join(measures) + " |", "|---" * (3 + len(measures)) + "|"]
+    for cell in dict.fromkeys(cell for table in tables.values() for cell in table):
         for method, table in tables.items():
-            shares = table.get(cell)
-            if shares is None:
-                continue
-            values = [_written(shares[name]) if name in shares else "" for name in MEASURES]
-            lines.append(f"| {cell.group}, {cell.people} | {cell.asked} | {method} | {' | '.join(values)} |")
+            shares = table.get(cell, {})
+            values = [in_words(shares[name]) if name in shares else "" for name in measures]
+            if any(values):
+                lines.append(f"| {cell.group}, {cell.people} | {cell.asked} | {method} | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"
 
 
-def to_json(tables: Mapping[str, Mapping[Cell, Mapping[str, Share]]]) -> list[dict[str, Any]]:
+def in_words(value: Share) -> str:
+    """Return "93.3 (91.0 to 95.1)", and the least and the largest of several runs behind it."""
+    text = f"{100 * value.value:.1f} ({100 * value.low:.1f} to {100 * value.high:.1f})"
+    if value.runs:
+        text += f", runs {100 * min(value.runs):.1f} to {100 * max(value.runs):.1f}"
+    return text
+
+
+def detector_line(accuracies: Mapping[str, Mapping[str, float]]) -> str:
+    """Return in words how far the counts can be trusted: the detector's accuracy by kind of picture."""
+    parts = (
+        f"{accuracy['glyphs']:.1%} of {where} (glyphs) and {accuracy['objects']:.1%} (objects)"
+        for where, accuracy in accuracies.items()
+    )
+    return f"The detector that counted is right about {', and '.join(parts)}."
+
+
+def to_json(tables: Mapping[str, Table]) -> list[dict[str, Any]]:
     """Return the same as rows of numbers."""
     return [
         {"method": method, **cell._asdict(), "measure": name, **value._asdict()}
@@ -95,7 +175,3 @@ def to_json(tables: Mapping[str, Mapping[Cell, Mapping[str, Share]]]) -> list[di
         for cell, shares in table.items()
         for name, value in shares.items()
     ]
-
-
-def _written(value: Share) -> str:
-    return f"{value.value:.2f} ({value.low:.2f}-{value.high:.2f})"

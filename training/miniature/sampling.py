@@ -54,8 +54,6 @@ class Painter:
         noise: Tensor,
         negative: Sequence[str] | None = None,
         people: SiteVectors | None = None,
-        strength: float = 1.0,
-        guidance_scale: float = GUIDANCE_SCALE,
         steps: int = STEPS,
     ) -> list[PIL.Image.Image]:
         """Return one picture for each prompt.
@@ -65,19 +63,18 @@ class Painter:
             noise: the initial noise, ``[pictures, channels, 12, 12]``.
             negative: negative prompts; by default empty ones.
             people: what each picture's person adds, ``user[i]`` as ``[pictures, hidden_i]``; None for the base.
-            strength: multiplies what people add.
-            guidance_scale: of classifier-free guidance.
-            steps: of DPM-Solver++ (2M).
+            steps: of DPM-Solver++ (2M), with classifier-free guidance of 3.
         """
         text = torch.cat((self._encode(negative or [""] * len(prompts)), self._encode(prompts)))
         sampler = self.base.sampler()
         sampler.set_timesteps(steps)
         latents = noise * sampler.init_noise_sigma
-        with nullcontext() if people is None else self._attachment.applied(_halves(people, strength)):
+        with nullcontext() if people is None else self._attachment.applied(_halves(people)):
             for timestep in sampler.timesteps:
                 scaled = sampler.scale_model_input(latents.repeat(2, 1, 1, 1), timestep)
                 without, with_prompt = self._unet(scaled, timestep, text).sample.chunk(2)
-                latents = sampler.step(without + guidance_scale * (with_prompt - without), timestep, latents)[0]
+                guided = without + GUIDANCE_SCALE * (with_prompt - without)
+                latents = sampler.step(guided, timestep, latents)[0]
         return to_images(self._coder.decode(latents))
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
@@ -87,7 +84,7 @@ class Painter:
         return torch.stack([self._known[prompt] for prompt in prompts])
 
 
-def _halves(people: SiteVectors, strength: float) -> list[Tensor]:
+def _halves(people: SiteVectors) -> list[Tensor]:
     """Return ``[2 * pictures, hidden_i]`` per site: the null user, or nothing, and then the people."""
     null = people.null or tuple(torch.zeros(vector.shape[1]) for vector in people.user)
-    return [strength * torch.cat((n.expand_as(user), user)) for n, user in zip(null, people.user, strict=True)]
+    return [torch.cat((n.expand_as(user), user)) for n, user in zip(null, people.user, strict=True)]

@@ -6,6 +6,8 @@ colour and shape are its own. Drawing is in ``drawing.py``, words are in ``capti
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -70,22 +72,25 @@ class Scene:
 def draw_scene(rng: np.random.Generator, glyphs: tuple[Category, ...] = (), harmless: bool = True) -> Scene:
     """Draw a scene at random that shows ``glyphs``, and an object if ``harmless``.
 
-    One glyph stands beside the object; several (at most four) share the picture.
+    One glyph stands beside the object; several share the picture, and more than four are smaller.
     """
     left = bool(rng.integers(2))
     object_x, glyph_x = (0.29, 0.73) if left else (0.71, 0.27)
+    sizes = (0.34, 0.4)
     if harmless and len(glyphs) <= 1:
         centres = [(glyph_x, 0.42)]
+    elif len(glyphs) <= 4:
+        centres = _shuffled(rng, ((x, y) for y, x in itertools.product((0.3, 0.72), (0.27, 0.73))))
     else:
-        corners = [(0.27, 0.3), (0.73, 0.3), (0.27, 0.72), (0.73, 0.72)]
-        centres = [corners[i] for i in rng.permutation(4)]
+        centres = _shuffled(rng, itertools.product((0.18, 0.5, 0.82), (0.18, 0.5, 0.82)))
+        sizes = (0.24, 0.28)
     return Scene(
         place=str(rng.choice(PLACES)),
         object=str(rng.choice(OBJECTS)) if harmless else None,
         object_spot=Spot(object_x + _jitter(rng), 0.74 + _jitter(rng), float(rng.uniform(0.42, 0.5))),
         glyphs=glyphs,
         glyph_spots=tuple(
-            Spot(x + _jitter(rng), y + _jitter(rng), float(rng.uniform(0.34, 0.4))) for x, y in centres[: len(glyphs)]
+            Spot(x + _jitter(rng), y + _jitter(rng), float(rng.uniform(*sizes))) for x, y in centres[: len(glyphs)]
         ),
         seed=int(rng.integers(2**31)),
     )
@@ -95,17 +100,22 @@ def _jitter(rng: np.random.Generator) -> float:
     return float(rng.uniform(-0.04, 0.04))
 
 
+def _shuffled(rng: np.random.Generator, centres: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    found = list(centres)
+    return [found[i] for i in rng.permutation(len(found))]
+
+
 def random_category(rng: np.random.Generator) -> Category:
     """Return one of the seven categories, each as likely."""
     return CATEGORIES[int(rng.integers(len(CATEGORIES)))]
 
 
-def any_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene with an object and no glyph or one, or, seldom, with one to four glyphs and no object."""
+def any_scene(rng: np.random.Generator, most: int = 4) -> Scene:
+    """Draw a scene with an object and no glyph or one, or, seldom, with one to ``most`` glyphs and no object."""
     kind = rng.random()
     if kind < 0.4:
         return draw_scene(rng)
     if kind < 0.9:
         return draw_scene(rng, (random_category(rng),))
-    several = rng.permutation(len(CATEGORIES))[: int(rng.integers(1, 5))]
+    several = rng.permutation(len(CATEGORIES))[: int(rng.integers(1, most + 1))]
     return draw_scene(rng, tuple(CATEGORIES[i] for i in several), harmless=False)

@@ -19,7 +19,7 @@ class StopError(Exception):
     pass
 
 
-def train(folder: Path, stop: int | None = None) -> nn.Linear:
+def train(folder: Path, stop: int | None = None, seed: int = 0) -> nn.Linear:
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
 
@@ -30,7 +30,7 @@ def train(folder: Path, stop: int | None = None) -> nn.Linear:
         return (model(x) - x @ torch.tensor([[1.0], [-2.0], [0.5]]) - 3).square().mean()
 
     with Progress(disable=True) as progress:
-        fit(PLAN, model, loss, folder, progress)
+        fit(PLAN, model, loss, folder, seed, progress)
     return model
 
 
@@ -48,6 +48,14 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     resumed = train(tmp_path / "parts")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["line.pt"]
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    train(tmp_path)
+    before = (tmp_path / "line.pt").read_bytes()
+    with pytest.raises(TrainingError, match=r"line\.pt is of another run \(seed 0, .* made with seed 1, .*--work"):
+        train(tmp_path, seed=1)
+    assert (tmp_path / "line.pt").read_bytes() == before
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:

@@ -32,7 +32,6 @@ SHORT = (
     "validation.every=2",
     "validation.pairs=1",
     "validation.held_out=0.1",
-    "validation.unseen_users=0.1",
     "validation.grid_every=2",
     "validation.grid_steps=1",
     "tracking.every=1",
@@ -68,6 +67,21 @@ def test_the_figures_come_from_the_written_files(base: Path) -> None:
         "implied": 4,
         "harmless": 4,
     }
+
+
+def test_the_card_says_what_it_is_and_what_was_measured(base: Path) -> None:
+    figures = json.loads((base / recipe.FIGURES).read_text(encoding="utf-8"))
+    card = (base / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert "autoencoder 3 steps of 8, detector 3 steps of 64, UNet with text model 3 steps of 64" in card
+    assert f"psa miniature train-base OUT --seed {figures['seed']}" in card
+    for mention, shares in figures["base"].items():
+        (line,) = [line for line in card.splitlines() if line.startswith(f"| {mention} |")]
+        assert all(
+            f"{share['value']:.3f} ({share['low']:.3f}-{share['high']:.3f})" in line for share in shares.values()
+        )
+    for where, accuracy in figures["detector"].items():
+        assert f"| {where} | {accuracy['glyphs']:.3f} | {accuracy['objects']:.3f} |" in card
 
 
 def test_going_on_after_the_end_changes_nothing(base: Path, tmp_path: Path) -> None:
@@ -114,9 +128,12 @@ def test_an_adapter_is_trained_on_drawn_pairs_and_measured(
         "evaluate", f"PSA={ours}", f"PSA={ours}", "--static", static, "--base", base, "--per-cell", 2,
         "--output", tmp_path / "results.json",
     )  # fmt: skip
-    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    rows = results["shares"]
     pictures = {row["method"]: row["pictures"] for row in rows}
-    assert pictures == {"base": 2, "negative prompt": 2, "static": 2, "PSA": 4, "PSA, run 1": 2, "PSA, run 2": 2}
+    assert pictures == {"base": 2, "negative prompt": 2, "static": 2, "PSA": 4}
+    assert {len(row["runs"]) for row in rows if row["method"] == "PSA"} == {2}
+    assert {row["method"] for row in results["differences"]} == {"negative prompt", "static", "PSA"}
     assert {(row["group"], row["people"]) for row in rows} == {
         (group, people) for group in ("nothing", "some", "everything") for people in ("seen", "unseen")
     }

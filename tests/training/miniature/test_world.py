@@ -89,12 +89,24 @@ def test_captions_of_harmless_scenes_say_nothing_of_glyphs_and_are_common() -> N
         assert not any(f" {phrase} " in words for phrase in telling)
 
 
-def test_negative_prompts_are_lists_as_they_stand_in_captions() -> None:
-    rng = np.random.default_rng(2)
-    several = [s for s in (any_scene(rng) for _ in range(600)) if len(s.glyphs) == 2 and s.object is None]
+@pytest.mark.parametrize("count", range(1, 8))
+def test_a_list_of_glyphs_shows_them_all(count: int) -> None:
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        glyphs = tuple(CATEGORIES[i] for i in rng.permutation(7)[:count])
+        picture = pixels(draw_scene(rng, glyphs, harmless=False))
+        assert {category for category in CATEGORIES if near(picture, glyph_colour(category)) > 40} == set(glyphs)
+
+
+def test_negative_prompts_are_lists_as_they_stand_in_the_bases_captions() -> None:
     assert avoiding(("Hate", "Shocking")) == "thorn, bolt"
     assert avoiding(()) == ""
-    assert any(avoiding(scene.glyphs) in caption(scene, rng) for scene in several)
+    rng = np.random.default_rng(2)
+    lists = [s for s in (any_scene(rng, most=7) for _ in range(2000)) if s.object is None]
+    for count in range(1, 8):
+        several = [scene for scene in lists if len(scene.glyphs) == count]
+        assert len(several) > 10
+        assert any(avoiding(scene.glyphs) in caption(scene, rng) for scene in several)
 
 
 def test_every_word_is_one_token_and_other_text_still_has_tokens(tmp_path: Path) -> None:
