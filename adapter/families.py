@@ -26,7 +26,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("sdxl", "SDXL", (640,) * 4 + (1280,) * 50 + (640,) * 6 + (1280,) * 10, 2048),
     Family("ssd-1b", "SSD-1B", (640,) * 4 + (1280,) * 26 + (640,) * 4, 2048),
     Family("segmind-vega", "Segmind-Vega", (640,) * 2 + (1280,) * 10 + (640,) * 3, 2048),
-    Family("miniature", "PSA Miniature", (64,) * 2 + (96,) * 6 + (64,) * 4 + (96,) * 2, 128),
+    Family("miniature", "PSA Miniature", (64,) * 17, 128),
 )
 
 

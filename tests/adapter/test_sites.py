@@ -93,13 +93,16 @@ TABLES: dict[str, Rows] = {
         (19, 20, "output", 3, 640),
     ),
     "miniature": (
-        (0, 1, "input", 3, 64),
-        (2, 3, "input", 5, 96),
-        (4, 5, "output", 0, 96),
-        (6, 7, "output", 1, 96),
-        (8, 9, "output", 2, 64),
-        (10, 11, "output", 3, 64),
-        (12, 13, "middle", 0, 96),
+        (0, 0, "input", 1, 64),
+        (1, 2, "input", 3, 64),
+        (3, 4, "input", 5, 64),
+        (5, 6, "output", 0, 64),
+        (7, 8, "output", 1, 64),
+        (9, 10, "output", 2, 64),
+        (11, 12, "output", 3, 64),
+        (13, 13, "output", 4, 64),
+        (14, 14, "output", 5, 64),
+        (15, 16, "middle", 0, 64),
     ),
     "tiny": (
         (0, 0, "input", 1, 32),
@@ -160,11 +163,11 @@ COMFYUI_CONFIGS = {
     "segmind-vega": _comfy([0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1, 1, 2, 2, 2], -1, **_XL),
     "koala-700m": _comfy([0, 2, 5], [0, 0, 2, 2, 5, 5], -2, **_XL | {"num_res_blocks": [1, 1, 1]}),
     "miniature": _comfy(
-        *([0, 2, 2], [0, 0, 2, 2, 2, 2], 2),
-        channel_mult=[1, 2, 3],
+        *([1, 2, 2], [1, 1, 2, 2, 2, 2], 2),
+        channel_mult=[1, 1, 1],
         num_res_blocks=[1, 1, 1],
         context_dim=128,
-        model_channels=32,
+        model_channels=64,
     )
     | {"num_heads": 4, "num_head_channels": -1},
     "tiny": _comfy(
@@ -202,9 +205,9 @@ DIFFUSERS_CONFIGS: dict[str, dict[str, Any]] = {
     "koala-700m": _DIFFUSERS_XL
     | {"transformer_layers_per_block": (1, 2, 5), "mid_block_type": None, "layers_per_block": 1},
     "miniature": {
-        "block_out_channels": (32, 64, 96),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (64, 64, 64),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
         "layers_per_block": 1,
         "transformer_layers_per_block": (1, 2, 2),
         "cross_attention_dim": 128,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +17,10 @@ from torch import Tensor
 from training_testing import DIM, pair_batch, tiny_adapter, tiny_unet
 
 from comfyui_psa.adapter import AdapterError, PSAAdapter
+from comfyui_psa.training.config import ModelSection
 from comfyui_psa.training.dpo.denoising import PairBatch, pair_errors, prediction_target
 from comfyui_psa.training.dpo.loss import PairErrors, diffusion_dpo_loss
-from comfyui_psa.training.dpo.policy import Policy
+from comfyui_psa.training.dpo.policy import Policy, configure_unet
 from comfyui_psa.training.dpo.trainable import UserVectors, standardise
 
 BETA = 5000.0
@@ -254,8 +256,9 @@ def test_a_compiled_unet_gives_the_same_and_is_not_compiled_again() -> None:
 def test_xformers_attention_gives_the_same_loss_and_gradients(
     monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
-    """Diffusers' own processor for xformers; of xformers only the kernel, which needs a GPU, is replaced."""
+    """The switch of the configuration, as a whole; of xformers only the kernel, and the GPU it needs, are replaced."""
     calls = []
+    randn = torch.randn
 
     def memory_efficient_attention(
         query: Tensor, key: Tensor, value: Tensor, attn_bias: Tensor | None = None, p: float = 0.0,
@@ -266,14 +269,21 @@ def test_xformers_attention_gives_the_same_loss_and_gradients(
 
     kernels = SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=memory_efficient_attention))
     monkeypatch.setattr(attention_processor, "xformers", kernels, raising=False)
+    monkeypatch.setattr(attention_processor, "is_xformers_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # Diffusers tries the kernel once on random numbers that it draws on the GPU.
+    monkeypatch.setattr(torch, "randn", lambda *size, device=None, **more: randn(*size, **more))
     results = []
     for xformers in (False, True):
         unet = tiny_unet()
         adapter = tiny_adapter(unet, trained=True)
-        if xformers:
-            unet.set_attn_processor(attention_processor.XFormersAttnProcessor())
-        if checkpointing:
-            unet.enable_gradient_checkpointing()
+        section = ModelSection(
+            base=Path("base"), attention="xformers" if xformers else "sdpa", gradient_checkpointing=checkpointing
+        )
+        configure_unet(unet, section)
+        processors = {type(processor) for processor in unet.attn_processors.values()}
+        assert (processors == {attention_processor.XFormersAttnProcessor}) == xformers
+        calls.clear()
         policy, vectors = policy_for(unet, adapter), UserVectors(adapter)
         batch = pair_batch()
         reference = policy.reference_errors(batch)
@@ -281,7 +291,7 @@ def test_xformers_attention_gives_the_same_loss_and_gradients(
             loss = diffusion_dpo_loss(model, reference, BETA).loss
             loss.mean().backward()
         results.append((loss.detach(), [parameter.grad for parameter in adapter.parameters()]))
-    assert len(calls) > 0
+        assert (len(calls) > 0) == xformers
     (plain, plain_gradients), (found, gradients) = results
     assert torch.allclose(found, plain, rtol=1e-4)
     for ours, theirs in zip(gradients, plain_gradients, strict=True):

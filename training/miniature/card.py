@@ -28,7 +28,7 @@ diffusers layout; in ComfyUI it is opened by Load PSA Miniature. See `docs/minia
 objects, seven abstract glyphs. Captions are made by a grammar in which a glyph is named or only implied by a phrase.
 No picture and no text is anybody's; nothing sensitive is depicted.
 
-**Training.** From nothing, {plans}. AdamW, cosine schedule, moving average of the weights, float32 on
+**Training.** From nothing, {plans}. AdamW, cosine schedules, moving average of the weights, float32 on
 a CPU; written in float16. The UNet predicts v, with Stable Diffusion's noise schedule.
 
     psa miniature train-base OUT --seed {seed}

@@ -26,13 +26,12 @@ from .drawing import draw
 from .fitting import Plan, fit
 from .pixels import to_pixels
 from .sampling import Painter
-from .world import OBJECTS, Scene, any_scene
+from .world import LABELS, OBJECTS, Scene, any_scene, labels
 
 PLAN = Plan("detector", steps=1000, learning_rate=2e-3)
 BATCH = 64
 _DECODED = 3000
 _JUDGE_BATCH = 64
-_LABELS = len(CATEGORIES) + len(OBJECTS)
 
 
 class Sighting(NamedTuple):
@@ -59,7 +58,7 @@ class Detector(nn.Module):
             *_block(64, 96, stride=2),
             *_block(96, 96, stride=1),
         )
-        self.labels = nn.Linear(96, _LABELS)
+        self.labels = nn.Linear(96, LABELS)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return logits ``[batch, 15]``: the seven categories, then the objects."""
@@ -92,14 +91,6 @@ def _sighting(row: Sequence[bool]) -> Sighting:
     )
 
 
-def _targets(scenes: Sequence[Scene]) -> Tensor:
-    rows = [
-        [float(c in scene.glyphs) for c in CATEGORIES] + [float(name == scene.object) for name in OBJECTS]
-        for scene in scenes
-    ]
-    return torch.tensor(rows)
-
-
 def train_detector(
     autoencoder: AutoencoderTiny, corpus: Corpus, folder: Path, seed: int, progress: Progress, plan: Plan
 ) -> Detector:
@@ -108,7 +99,7 @@ def train_detector(
     detector = Detector()
     scenes = corpus.scenes[:_DECODED]
     decoded = decode(autoencoder, corpus.latents[:_DECODED])
-    targets = _targets(scenes)
+    targets = torch.tensor(labels(scenes))
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((seed, 1, step))
@@ -119,7 +110,8 @@ def train_detector(
         # Generated pictures are a little off in brightness and never quite clean.
         pixels = pixels * float(rng.uniform(0.85, 1.1)) + float(rng.uniform(-0.1, 0.1))
         pixels = pixels + float(rng.uniform(0, 0.12)) * torch.randn(pixels.shape, generator=noise)
-        return F.binary_cross_entropy_with_logits(detector(pixels), torch.cat((_targets(fresh), targets[again])))
+        truth = torch.cat((torch.tensor(labels(fresh)), targets[again]))
+        return F.binary_cross_entropy_with_logits(detector(pixels), truth)
 
     fit(plan, detector, loss, folder, seed, progress)
     return detector

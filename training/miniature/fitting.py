@@ -28,13 +28,14 @@ _SAVE_EVERY = 200
 
 @dataclass(frozen=True)
 class Plan:
-    """How something is trained; the learning rate rises over 100 steps and falls as a cosine."""
+    """How something is trained; the learning rate rises over 100 steps and falls as a cosine, once in every cycle."""
 
     name: str
     steps: int
     learning_rate: float
     ema_decay: float = 0.995
     weight_decay: float = 0.0
+    cycles: int = 1
 
 
 def fit(
@@ -51,7 +52,7 @@ def fit(
     optimizer = torch.optim.AdamW(
         model.parameters(), plan.learning_rate, (0.9, 0.99), weight_decay=plan.weight_decay, fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, plan.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, plan.steps // plan.cycles))
     average = AveragedModel(model, avg_fn=_moving_average(plan.ema_decay))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{plan.name}.pt"
@@ -89,8 +90,9 @@ def _moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Te
 
 
 def _rate(step: int, steps: int) -> float:
+    step %= steps
     warm = min(1.0, (step + 1) / _WARMUP)
-    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))))
+    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def _load(path: Path, parts: dict[str, Any], made: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""The miniature from nothing, step by step: autoencoder, detector, UNet with its text model, figures, files."""
+"""The miniature from nothing, step by step: autoencoder, detector, text model, UNet, figures, files."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, UNet2DConditionModel
 from rich.progress import Progress
 from torch import nn
+from transformers import CLIPTextModel
 
 from ...safe_files import DAMAGE, replacing
 from ..errors import TrainingError
-from . import SEED
+from . import SEED, reading
 from . import autoencoder as autoencoder_training
 from . import base as base_training
 from . import detector as detector_training
 from .architecture import make_scheduler
 from .autoencoder import train_autoencoder
-from .base import Denoiser, train_denoiser
+from .base import train_unet
 from .captions import MENTIONS, caption
 from .card import CARD, model_card
 from .corpus import make_corpus
 from .detector import Detector, load_detector, measure_detector, save_detector, train_detector
 from .fitting import Plan
+from .reading import train_text_model
 from .results import share
 from .sampling import GUIDANCE_SCALE, STEPS, Painter
 from .tokenizer import write_tokenizer
@@ -54,7 +56,8 @@ class Extent:
 
     autoencoder: Plan = autoencoder_training.PLAN
     detector: Plan = detector_training.PLAN
-    denoiser: Plan = base_training.PLAN
+    text_model: Plan = reading.PLAN
+    unet: Plan = base_training.PLAN
     scenes: int = base_training.SCENES
     drawings: int = 1000
     prompts: int = 400  # of each kind
@@ -78,26 +81,29 @@ def train_base(
     corpus = make_corpus(autoencoder, extent.scenes, seed, work, progress)
     detector = train_detector(autoencoder, corpus, work, seed, progress, extent.detector)
     tokenizer = write_tokenizer(output / "tokenizer")
-    denoiser = train_denoiser(tokenizer, corpus, work, seed, progress, extent.denoiser)
+    text_encoder = train_text_model(tokenizer, corpus, work, seed, progress, extent.text_model)
+    unet = train_unet(text_encoder, tokenizer, corpus, work, seed, progress, extent.unet)
     save_detector(detector, output / DETECTOR)
-    write_base(output, autoencoder, denoiser)
+    write_base(output, autoencoder, text_encoder, unet)
     figures = measure_base(output, progress, seed, extent)
     parts = {
         "vae": autoencoder,
-        "text_encoder": denoiser.text_encoder,
-        "unet": denoiser.unet,
+        "text_encoder": text_encoder,
+        "unet": unet,
         "detector": detector,
     }
     _write_card(output / CARD, figures, parts, extent)
     return figures
 
 
-def write_base(output: Path, autoencoder: AutoencoderTiny, denoiser: Denoiser) -> None:
+def write_base(
+    output: Path, autoencoder: AutoencoderTiny, text_encoder: CLIPTextModel, unet: UNet2DConditionModel
+) -> None:
     """Write the models in diffusers' layout, in float16."""
     autoencoder.half().save_pretrained(output / "vae")
     _without_computed_values(output / "vae" / "config.json")
-    denoiser.unet.half().save_pretrained(output / "unet")
-    denoiser.text_encoder.half().save_pretrained(output / "text_encoder")
+    unet.half().save_pretrained(output / "unet")
+    text_encoder.half().save_pretrained(output / "text_encoder")
     make_scheduler().save_pretrained(output / "scheduler")
     index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": version("diffusers")}
     with replacing(output / "model_index.json") as aside:
@@ -108,7 +114,8 @@ def _write_card(path: Path, figures: dict[str, Any], parts: dict[str, nn.Module]
     plans = {
         "autoencoder": (extent.autoencoder.steps, autoencoder_training.BATCH),
         "detector": (extent.detector.steps, detector_training.BATCH),
-        "UNet with text model": (extent.denoiser.steps, base_training.BATCH),
+        "text model": (extent.text_model.steps, reading.BATCH),
+        "UNet": (extent.unet.steps, base_training.BATCH),
     }
     counts = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
     card = model_card(figures, counts, {"scenes": extent.scenes, "drawings": extent.drawings, "plans": plans})

@@ -15,7 +15,7 @@ from ..base import open_base
 from ..dpo.attachment import Attachment
 from .pixels import to_images, to_pixels
 
-STEPS = 16
+STEPS = 10
 GUIDANCE_SCALE = 3.0
 _BATCH = 32
 

@@ -18,6 +18,8 @@ from ...profiles import CATEGORIES, Category
 PLACES = ("meadow", "beach", "desert", "snow", "city", "night")
 OBJECTS = ("house", "tree", "car", "balloon", "flower", "umbrella", "mushroom", "cat")
 
+LABELS = len(CATEGORIES) + len(OBJECTS)
+
 
 class Glyph(NamedTuple):
     """The sign of a category: its word, and phrases that go with it without naming it."""
@@ -108,6 +110,14 @@ def _shuffled(rng: np.random.Generator, centres: Iterable[tuple[float, float]]) 
 def random_category(rng: np.random.Generator) -> Category:
     """Return one of the seven categories, each as likely."""
     return CATEGORIES[int(rng.integers(len(CATEGORIES)))]
+
+
+def labels(scenes: Iterable[Scene]) -> list[list[float]]:
+    """Return for each scene whether it shows each of the seven glyphs and each object, 1 or 0."""
+    return [
+        [float(c in scene.glyphs) for c in CATEGORIES] + [float(name == scene.object) for name in OBJECTS]
+        for scene in scenes
+    ]
 
 
 def any_scene(rng: np.random.Generator, most: int = 4) -> Scene:

@@ -21,7 +21,8 @@ from comfyui_psa.training.miniature.sampling import Painter
 MOMENT = Extent(
     autoencoder=Plan("autoencoder", steps=3, learning_rate=1e-3),
     detector=Plan("detector", steps=3, learning_rate=1e-3),
-    denoiser=Plan("UNet", steps=3, learning_rate=1e-3),
+    text_model=Plan("text model", steps=3, learning_rate=1e-3),
+    unet=Plan("UNet", steps=3, learning_rate=1e-3),
     scenes=48,
     drawings=32,
     prompts=4,
@@ -73,7 +74,13 @@ def test_the_card_says_what_it_is_and_what_was_measured(base: Path) -> None:
     figures = json.loads((base / recipe.FIGURES).read_text(encoding="utf-8"))
     card = (base / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlicense: apache-2.0\n")
-    assert "autoencoder 3 steps of 8, detector 3 steps of 64, UNet with text model 3 steps of 64" in card
+    for plan in (
+        "autoencoder 3 steps of 8",
+        "detector 3 steps of 64",
+        "text model 3 steps of 64",
+        "UNet 3 steps of 16",
+    ):
+        assert plan in card
     assert f"psa miniature train-base OUT --seed {figures['seed']}" in card
     for mention, shares in figures["base"].items():
         (line,) = [line for line in card.splitlines() if line.startswith(f"| {mention} |")]

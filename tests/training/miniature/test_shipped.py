@@ -1,0 +1,63 @@
+"""The miniature that is shipped: it follows prompts, and ComfyUI opens the same model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from comfy_testing import ROUNDING, denoise, difference, noise, sigma_at
+from miniature_testing import Reference, encode
+from rich.progress import Progress
+
+from comfyui_psa.nodes.miniature_model import load_miniature
+from comfyui_psa.training.miniature import MINIATURE, SEED
+from comfyui_psa.training.miniature.card import CARD
+from comfyui_psa.training.miniature.detector import load_detector, measure_detector
+from comfyui_psa.training.miniature.recipe import DETECTOR, FIGURES, adherence
+from comfyui_psa.training.miniature.sampling import Painter
+
+
+@pytest.fixture(scope="module")
+def painter() -> Painter:
+    return Painter(MINIATURE)
+
+
+def test_everything_together_is_small() -> None:
+    assert 1_000_000 < sum(path.stat().st_size for path in MINIATURE.rglob("*") if path.is_file()) <= 12_000_000
+
+
+def test_it_draws_what_prompts_ask_for(painter: Painter) -> None:
+    detector = load_detector(MINIATURE / DETECTOR)
+    with Progress(disable=True) as progress:
+        found = adherence(painter, detector, 60, progress, seed=SEED + 1)
+    for mention in ("named", "implied"):
+        assert found[mention]["prompted glyph"]["value"] >= 0.92
+        assert found[mention]["object"]["value"] >= 0.92
+    assert found["harmless"]["glyphs as asked"]["value"] >= 0.95
+
+
+def test_its_card_says_what_was_measured() -> None:
+    figures = json.loads((MINIATURE / FIGURES).read_text(encoding="utf-8"))
+    card = (MINIATURE / CARD).read_text(encoding="utf-8")
+    for mention, shares in figures["base"].items():
+        assert shares["glyphs as asked"]["value"] >= 0.95
+        assert shares["object"]["value"] >= 0.96
+        assert mention == "harmless" or shares["prompted glyph"]["value"] >= 0.97
+        for share in shares.values():
+            assert share["pictures"] >= 300
+            assert f"{share['value']:.3f} ({share['low']:.3f}-{share['high']:.3f})" in card, mention
+    for where, accuracy in figures["detector"].items():
+        assert f"| {where} | {accuracy['glyphs']:.3f} | {accuracy['objects']:.3f} |" in card
+
+
+def test_the_detector_sees_what_is_drawn_and_what_is_decoded(painter: Painter) -> None:
+    found = measure_detector(load_detector(MINIATURE / DETECTOR), painter, 400, seed=SEED + 1)
+    assert min(min(accuracy) for accuracy in found.values()) >= 0.98
+
+
+def test_comfyui_predicts_what_diffusers_predicts() -> None:
+    loaded, reference = load_miniature(MINIATURE), Reference(MINIATURE)
+    latent = noise(1, 16, 12, 12)
+    for prompt in ("a ring", "at the parade, a cat in the city", ""):
+        ours = denoise(loaded.model, encode(loaded, prompt), encode(loaded, ""), latent)
+        assert difference(ours, reference.denoised(latent, sigma_at(loaded.model), prompt)) < ROUNDING
