@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from comfy_testing import ROUNDING, denoise, difference, noise, sigma_at
 from miniature_testing import Reference, encode
 from rich.progress import Progress
+from torch import Tensor
 
 from comfyui_psa.nodes.miniature_model import load_miniature
 from comfyui_psa.training.miniature import MINIATURE, SEED
@@ -53,6 +55,19 @@ def test_its_card_says_what_was_measured() -> None:
 def test_the_detector_sees_what_is_drawn_and_what_is_decoded(painter: Painter) -> None:
     found = measure_detector(load_detector(MINIATURE / DETECTOR), painter, 400, seed=SEED + 1)
     assert min(min(accuracy) for accuracy in found.values()) >= 0.98
+
+
+def test_its_text_model_tells_objects_and_glyphs_apart_as_clearly_as_places() -> None:
+    """One that learns along with the UNet sees places alone, for thousands of steps."""
+    reference = Reference(MINIATURE)
+
+    def summary(prompt: str) -> Tensor:
+        return reference.encode(prompt)[0, -1]
+
+    cat = summary("a cat in the city with a bolt")
+    others = ("a house in the city with a bolt", "a cat in the city with a hook", "a cat at night with a bolt")
+    distances = [float(torch.dist(cat, summary(other))) for other in others]
+    assert min(distances) > 0.5 * max(distances), distances
 
 
 def test_comfyui_predicts_what_diffusers_predicts() -> None:
