@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: test demo venv runtime browser lint format benchmark benchmark-training clean
 
-# Two processes of one thread each are nearly twice as fast as one process of two.
+# One thread for each process: more threads than cores make small models many times slower.
 test: venv browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 

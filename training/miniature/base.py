@@ -25,7 +25,7 @@ from .reading import to_tokens
 
 PLAN = Plan("UNet", steps=6400, learning_rate=2e-3, ema_decay=0.998, weight_decay=0.01, cycles=2)
 SCENES = 20_000
-BATCH = 16  # what counts is the number of steps: 32 gain nothing at the same number
+BATCH = 16  # 32 were no better after as many steps (600), which took longer
 _PROMPT_DROPOUT = 0.12
 _NAMED_SHARE = 0.55
 
