@@ -9,12 +9,17 @@ from pathlib import Path
 
 import comfy.cli_args
 import pytest
+import torch
 
-# Before any other part of ComfyUI: this machine may have no GPU, and the tests need none.
-comfy.cli_args.args.cpu = True
+# Before any other part of ComfyUI: the tests need no GPU. `PSA_TEST_DEVICE=cuda pytest tests/nodes` runs those of the
+# patch on one.
+comfy.cli_args.args.cpu = os.environ.get("PSA_TEST_DEVICE", "cpu") != "cuda"
 
 # Tiny models are many times faster on one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What is compared is float32, and not the 10 bits that CUDA may round it to.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 from studio import Studio, open_studio  # noqa: E402 - after the settings above
 

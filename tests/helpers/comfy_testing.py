@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.model_detection
+import comfy.model_management
 import comfy.samplers
 import comfy.supported_models
 import comfy.utils
@@ -16,6 +17,7 @@ from torch import Tensor
 from comfyui_psa.adapter import PSAAdapter, find_sites
 from comfyui_psa.training.synthetic import UNetShape, random_weights, unet_shapes
 
+DEVICE = comfy.model_management.get_torch_device()  # the CPU, unless PSA_TEST_DEVICE says otherwise
 CPU = torch.device("cpu")
 TINY = UNetShape(channels=32, channel_mult=(1, 2, 2), transformer_depth=(1, 2, 0), context_dim=24)
 TINY_SDXL = UNetShape(32, (1, 2, 2), 2, (0, 2, 3), 3, 40, True, 6 * 256 + 16)
@@ -45,7 +47,7 @@ def comfy_model(
     model_config.set_inference_dtype(dtype, manual_cast)
     model = model_config.get_model({}, "")
     model.load_model_weights(dict(weights), "")
-    return ModelPatcher(model, load_device=CPU, offload_device=CPU)
+    return ModelPatcher(model, load_device=DEVICE, offload_device=CPU)
 
 
 def conditioning(shape: UNetShape, seed: int, tokens: int = 5, **options: Any) -> list[list[Any]]:
@@ -65,6 +67,11 @@ def noise(*shape: int, seed: int = 7) -> Tensor:
 def sigma_at(model: ModelPatcher, timestep: int = TIMESTEP) -> float:
     """The sigma of a training timestep."""
     return float(model.model.model_sampling.sigmas[timestep])
+
+
+def device_of(model: ModelPatcher) -> torch.device:
+    """Where the weights are now."""
+    return next(model.model.parameters()).device
 
 
 @torch.no_grad()
@@ -96,7 +103,7 @@ def denoise(
     sampler = comfy.samplers.KSAMPLER(sampler_function)
     schedule = torch.tensor([*steps, 0.0])
     raw = guider.sample(latent, torch.zeros_like(latent), sampler, schedule, disable_pbar=True, seed=0)
-    return model.model.process_latent_in(raw)
+    return model.model.process_latent_in(raw).cpu()
 
 
 def difference(a: Tensor, b: Tensor) -> float:

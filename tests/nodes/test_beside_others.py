@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, perp_neg
-from comfy_testing import CPU, ROUNDING, TINY, baked, comfy_model, conditioning, denoise, difference, noise
+from comfy_testing import DEVICE, ROUNDING, TINY, baked, comfy_model, conditioning, denoise, difference, noise
 from torch import Tensor
 
 from comfyui_psa.adapter import PSAAdapter, find_sites
@@ -56,7 +56,7 @@ def like_ip_adapter(patcher: ModelPatcher, paths: list[str]) -> ModelPatcher:
     def replace(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         heads = extra_options["n_heads"]
         generator = torch.Generator().manual_seed(q.shape[-1])
-        image_k, image_v = torch.randn(2, 1, 4, q.shape[-1], generator=generator)
+        image_k, image_v = torch.randn(2, 1, 4, q.shape[-1], generator=generator).to(q)
 
         def attend(keys: Tensor, values: Tensor) -> Tensor:
             parts = [tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (q, keys, values)]
@@ -82,7 +82,7 @@ def like_attention_couple(patcher: ModelPatcher) -> ModelPatcher:
             parts.append(tuple(qkv))
             kinds.append(kind)
             if kind == 0:
-                context = other.expand(qkv[0].shape[0], -1, -1)
+                context = other.to(q).expand(qkv[0].shape[0], -1, -1)
                 parts.append((qkv[0], context, context))
                 kinds.append(kind)
         extra_options["cond_or_uncond_couple"] = kinds
@@ -201,7 +201,7 @@ def test_beside_a_controlnet(model: ModelPatcher, adapter: PSAAdapter, users: Us
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.05, generator=generator)
     hint = torch.rand(1, 3, 128, 128, generator=generator)
-    control = comfy.controlnet.ControlNet(network, load_device=CPU, manual_cast_dtype=torch.float32)
+    control = comfy.controlnet.ControlNet(network, load_device=DEVICE, manual_cast_dtype=torch.float32)
     guided_by = [
         [POSITIVE[0][0], {"control": control.copy().set_cond_hint(hint, 1.0), "control_apply_to_uncond": True}]
     ]
@@ -288,7 +288,7 @@ def test_offloaded_weights_with_a_lora(
 
     def load_low(models: list[ModelPatcher], **_: Any) -> None:
         for patcher in models:
-            patcher.load(CPU, lowvram_model_memory=1)
+            patcher.load(DEVICE, lowvram_model_memory=1)
 
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", load_low)
     changes, merged = lora(weights, paths)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
-from comfy_testing import CPU, comfy_model, conditioning, denoise, difference, noise
+from comfy_testing import DEVICE, comfy_model, conditioning, denoise, difference, noise
 from torch import nn
 
 from comfyui_psa.adapter import AdapterConfig, AdapterError, EncoderSpec, PSAAdapter, find_sites, load_adapter
@@ -42,7 +42,7 @@ def structure(shape: UNetShape) -> nn.Module:
 def patcher(unet: nn.Module) -> ModelPatcher:
     model = nn.Module()
     model.diffusion_model = unet
-    return ModelPatcher(model, load_device=CPU, offload_device=CPU)
+    return ModelPatcher(model, load_device=DEVICE, offload_device=DEVICE)
 
 
 def test_sd15_at_full_size_follows_a_user(tmp_path: Path) -> None:

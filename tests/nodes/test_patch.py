@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy_testing import ROUNDING, TINY, conditioning, denoise, difference, noise, sigma_at
+from comfy_testing import ROUNDING, TINY, conditioning, denoise, device_of, difference, noise, sigma_at
 from torch import Tensor
 
 from comfyui_psa.adapter import AdapterError, PSAAdapter
@@ -167,18 +167,19 @@ def test_nothing_of_a_run_is_held_afterwards(
 
 def test_a_call_outside_a_sampler_is_protected_too(model: ModelPatcher, adapter: PSAAdapter, users: Users) -> None:
     patched = apply_psa(model, adapter, users(0))
-    context = POSITIVE[0][0]
-    sigma = torch.tensor([sigma_at(model)])
+    inputs = LATENT, torch.tensor([sigma_at(model)]), POSITIVE[0][0]
 
     def call(patcher: ModelPatcher) -> Tensor:
         options = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}
+        latent, sigma, context = (tensor.to(device_of(patcher)) for tensor in inputs)
         with torch.no_grad():
-            return patcher.model.apply_model(LATENT, sigma, c_crossattn=context, transformer_options=options)
+            return patcher.model.apply_model(latent, sigma, c_crossattn=context, transformer_options=options).cpu()
 
     assert difference(call(patched), denoise(patched, POSITIVE, NEGATIVE, LATENT)) < ROUNDING
 
 
 def test_a_call_that_skips_the_preparation_is_an_error(model: ModelPatcher, adapter: PSAAdapter, users: Users) -> None:
     options = apply_psa(model, adapter, users(0)).model_options["transformer_options"]
+    inputs = (tensor.to(device_of(model)) for tensor in (LATENT, torch.tensor([500.0]), POSITIVE[0][0]))
     with torch.no_grad(), pytest.raises(AdapterError, match="would not be protected"):
-        model.model.diffusion_model(LATENT, torch.tensor([500.0]), context=POSITIVE[0][0], transformer_options=options)
+        model.model.diffusion_model(*inputs, transformer_options=options)

@@ -18,5 +18,5 @@ def to_pixels(images: Iterable[PIL.Image.Image | np.ndarray]) -> Tensor:
 
 def to_images(pixels: Tensor) -> list[PIL.Image.Image]:
     """Return ``[batch, 3, height, width]`` from -1 to 1 as pictures."""
-    array = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    array = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return [PIL.Image.fromarray(image) for image in array]

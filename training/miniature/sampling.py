@@ -17,17 +17,18 @@ from .pixels import to_images, to_pixels
 
 STEPS = 10
 GUIDANCE_SCALE = 3.0
+CPU = torch.device("cpu")
 _BATCH = 32
 
 
 class Painter:
     """The miniature with everything in memory, and adapters attached for one batch at a time."""
 
-    def __init__(self, folder: Path) -> None:
-        """Load the diffusers folder ``folder``; raise BaseModelError if it is not one."""
-        device = torch.device("cpu")
+    def __init__(self, folder: Path, device: torch.device = CPU) -> None:
+        """Load the diffusers folder ``folder`` onto a device; raise BaseModelError if it is not one."""
         self.base = open_base(folder)
-        self._unet = self.base.unet(torch.float32)
+        self._device = device
+        self._unet = self.base.unet(torch.float32).to(device)
         self._sites = find_sites(self._unet)
         self._attachment = Attachment(self._unet, self._sites)
         self._text = self.base.text_encoder(device)
@@ -65,11 +66,12 @@ class Painter:
             people: what each picture's person adds, ``user[i]`` as ``[pictures, hidden_i]``; None for the base.
             steps: of DPM-Solver++ (2M), with classifier-free guidance of 3.
         """
-        text = torch.cat((self._encode(negative or [""] * len(prompts)), self._encode(prompts)))
+        text = torch.cat((self._encode(negative or [""] * len(prompts)), self._encode(prompts))).to(self._device)
         sampler = self.base.sampler()
         sampler.set_timesteps(steps)
-        latents = noise * sampler.init_noise_sigma
-        with nullcontext() if people is None else self._attachment.applied(_halves(people)):
+        latents = noise.to(self._device) * sampler.init_noise_sigma
+        halves = None if people is None else [vectors.to(self._device) for vectors in _halves(people)]
+        with nullcontext() if halves is None else self._attachment.applied(halves):
             for timestep in sampler.timesteps:
                 scaled = sampler.scale_model_input(latents.repeat(2, 1, 1, 1), timestep)
                 without, with_prompt = self._unet(scaled, timestep, text).sample.chunk(2)
