@@ -85,6 +85,7 @@ def evaluate(
     base: _Base = MINIATURE,
     static: Annotated[Path | None, typer.Option(help="A static adapter to compare with.")] = None,
     per_cell: Annotated[int, typer.Option(min=2, help="Pictures in each cell.")] = 300,
+    work: _Work = Path("runs/miniature/counted"),
     models: Annotated[
         list[Path] | None, typer.Option(help="A folder of language models, for adapters that name one (repeatable).")
     ] = None,
@@ -96,7 +97,7 @@ def evaluate(
 
         output.parent.mkdir(parents=True, exist_ok=True)
         results = recipe(
-            base, [_named(text) for text in adapters], static, per_cell, models or (Path("models/LLM"),), progress
+            base, [_named(text) for text in adapters], static, per_cell, models or (Path("models/LLM"),), work, progress
         )
         write_results(results, output)
     Console(highlight=False, soft_wrap=True).print(results["markdown"], markup=False)

@@ -19,7 +19,8 @@ from ..errors import DataError, TrainingError
 from ..train import train
 from . import PAIRS, PEOPLE, SEED
 from .cases import draw_cases
-from .evaluation import Method, draw_all
+from .evaluation import draw_all
+from .methods import Method
 from .pairs import draw_folder
 from .recipe import DETECTOR, read_figures
 from .results import detector_line, differences, tabulate, to_json, to_markdown
@@ -76,12 +77,13 @@ def evaluate(
     static: Path | None,
     per_cell: int,
     language_models: Sequence[Path],
+    work: Path,
     progress: Progress,
 ) -> dict[str, Any]:
     """Return tables of the base, a negative prompt, a static adapter and the adapters, as rows and as Markdown.
 
     Adapters of the same name are trainings with other seeds, reported together and by run. "Seen" is true of adapters
-    that were trained on the people of ``train_adapter``.
+    that were trained on the people of ``train_adapter``. What was counted is kept in ``work``.
 
     Raises:
         TrainingError, AdapterError: something that is needed is missing, or does not fit the base.
@@ -93,7 +95,7 @@ def evaluate(
         baselines.append(Method(_STATIC, adapter=static, everyone=find_level("L5").profile))
     runs = [Method(f"{name}, run {number}", adapter=path) for number, (name, path) in enumerate(adapters)]
     cases = draw_cases(per_cell, PEOPLE, SEED)
-    outcomes = draw_all([*baselines, *runs], cases, base, base / DETECTOR, progress, language_models)
+    outcomes = draw_all([*baselines, *runs], cases, base, base / DETECTOR, progress, language_models, work)
     together = {method.name: [outcomes[method.name]] for method in baselines}
     for (name, _), run in zip(adapters, runs, strict=True):
         together.setdefault(name, []).append(outcomes[run.name])

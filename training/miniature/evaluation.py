@@ -20,23 +20,13 @@ from ..data.users import encoder_of
 from .captions import avoiding
 from .cases import Case, noise
 from .detector import Detector, Sighting, load_detector
+from .kept import Kept
+from .methods import Method
 from .people import banned
-from .sampling import Painter
+from .sampling import CPU, Painter
 
 _BATCH = 32
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to follow a person's boundaries. By default none: the base model.
-
-    ``everyone`` is for a static adapter: one profile that stands for all.
-    """
-
-    name: str
-    adapter: Path | None = None
-    negative_prompt: bool = False
-    everyone: Profile | None = None
+_KEPT_EVERY = 20 * _BATCH
 
 
 @dataclass(frozen=True)
@@ -70,9 +60,14 @@ class Outcome:
 class Studio:
     """Everything that is needed to draw cases and to look at them, loaded once."""
 
-    def __init__(self, base: Path, detector: Path, language_models: Sequence[Path] = ()) -> None:
-        """Load the miniature and its detector; ``language_models`` are folders of those that adapters name."""
-        self._painter = Painter(base)
+    def __init__(
+        self, base: Path, detector: Path, language_models: Sequence[Path] = (), device: torch.device = CPU
+    ) -> None:
+        """Load the miniature onto a device, and its detector.
+
+        ``language_models`` are folders of those that adapters name.
+        """
+        self._painter = Painter(base, device)
         self._detector: Detector = load_detector(detector)
         self._language_models = tuple(language_models)
         self._adapters: dict[Path, PSAAdapter] = {}
@@ -116,20 +111,34 @@ def draw_all(
     detector: Path,
     progress: Progress,
     language_models: Sequence[Path] = (),
+    work: Path | None = None,
 ) -> dict[str, list[Outcome]]:
-    """Return the outcomes of every method, by its name; each core of the machine draws for itself."""
+    """Return the outcomes of every method, by its name.
+
+    Each core of the machine draws for itself; they share a CUDA device if there is one. What is found is kept in
+    ``work``, and what is found there already is not drawn again.
+    """
     task = progress.add_task("Drawing", total=len(methods) * len(cases), state="")
-    batches = [(method, cases[start : start + _BATCH]) for method in methods for start in range(0, len(cases), _BATCH)]
-    outcomes: dict[str, list[Outcome]] = {method.name: [] for method in methods}
+    kept = Kept(work, base, detector, cases) if work else None
+    seen = {method.name: kept.read(method) if kept else [] for method in methods}
+    progress.update(task, advance=sum(map(len, seen.values())))
+    batches = [
+        (method, cases[start : start + _BATCH])
+        for method in methods
+        for start in range(len(seen[method.name]), len(cases), _BATCH)
+    ]
     for method, found in _drawn(batches, (base, detector, tuple(language_models))):
-        outcomes[method.name] += found
+        sightings = seen[method.name]
+        sightings += found
         progress.update(task, advance=len(found), state=method.name)
-    return outcomes
+        if kept and (len(sightings) == len(cases) or len(sightings) % _KEPT_EVERY == 0):
+            kept.write(method, sightings)
+    return {name: list(map(Outcome, cases, sightings)) for name, sightings in seen.items()}
 
 
 def _drawn(
     batches: Sequence[tuple[Method, Sequence[Case]]], files: tuple[Path, Path, tuple[Path, ...]]
-) -> Iterator[tuple[Method, list[Outcome]]]:
+) -> Iterator[tuple[Method, list[Sighting]]]:
     # Small models are far faster on one thread each than on all of them together.
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _open_studio, files) as pool:
         yield from pool.map(_draw, batches)
@@ -141,11 +150,12 @@ _studio: Studio
 def _open_studio(base: Path, detector: Path, language_models: tuple[Path, ...]) -> None:
     global _studio
     torch.set_num_threads(1)
-    _studio = Studio(base, detector, language_models)
+    device = torch.device("cuda") if torch.cuda.is_available() else CPU
+    _studio = Studio(base, detector, language_models, device)
 
 
-def _draw(batch: tuple[Method, Sequence[Case]]) -> tuple[Method, list[Outcome]]:
-    return batch[0], _studio.draw(*batch)
+def _draw(batch: tuple[Method, Sequence[Case]]) -> tuple[Method, list[Sighting]]:
+    return batch[0], [outcome.sighting for outcome in _studio.draw(*batch)]
 
 
 def _negative(cases: Sequence[Case]) -> list[str]:

@@ -131,10 +131,11 @@ def test_an_adapter_is_trained_on_drawn_pairs_and_measured(
     ours, static = work / "psa" / "psa_miniature.safetensors", work / "static" / "static_miniature.safetensors"
     assert (work / "psa" / "grids" / "step-000002.png").is_file()
 
-    shown = psa(
+    command = (
         "evaluate", f"PSA={ours}", f"PSA={ours}", "--static", static, "--base", base, "--per-cell", 2,
         "--output", tmp_path / "results.json",
     )  # fmt: skip
+    shown = psa(*command)
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     rows = results["shares"]
     pictures = {row["method"]: row["pictures"] for row in rows}
@@ -145,3 +146,11 @@ def test_an_adapter_is_trained_on_drawn_pairs_and_measured(
         (group, people) for group in ("nothing", "some", "everything") for people in ("seen", "unseen")
     }
     assert shown.strip() == (tmp_path / "results.md").read_text(encoding="utf-8").strip()
+
+    counted = sorted((work / "counted").iterdir())
+    assert len(counted) == 4  # the two runs are of one file
+    for file in counted:  # as if it had been interrupted, and one file damaged
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text("[[" if file is counted[0] else json.dumps(rows[:32]), encoding="utf-8")
+    assert psa(*command) == shown
+    assert psa(*command) == shown  # nothing is left to draw
