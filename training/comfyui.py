@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ PACK = Path(__file__).parents[1]
 PACK_FOLDER = "ComfyUI-PSA"
 
 Prompt = dict[str, dict[str, Any]]
-Progress = Callable[[int, int], None]
 
 # The server is on this machine: no proxy that the environment names has a part in it.
 _http = requests.Session()
@@ -60,14 +59,6 @@ def prepare_base(base: Path) -> Path:
         except OSError:  # Windows without the right to make links
             shutil.copytree(PACK, link, ignore=shutil.ignore_patterns(".*", "tests"))
     return base
-
-
-def link_file(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source``, without copying where links can be made."""
-    try:
-        target.symlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 class ComfyUIServer:
@@ -131,13 +122,10 @@ class ComfyUIServer:
         response.raise_for_status()
         return response.json()
 
-    def run(
-        self, prompt: Prompt, workflow: Mapping[str, Any] | None = None, progress: Progress | None = None
-    ) -> list[Image]:
+    def run(self, prompt: Prompt, workflow: Mapping[str, Any] | None = None) -> list[Image]:
         """Queue a prompt (API format), wait for its end, and return the images that it saved.
 
-        ``workflow`` (the frontend's format) is saved into the images, as the frontend does;
-        ``progress`` hears of every sampling step.
+        ``workflow`` (the frontend's format) is saved into the images, as the frontend does.
 
         Raises:
             ComfyUIError: the server refused the prompt or a node failed; ``details`` holds its report.
@@ -153,7 +141,7 @@ class ComfyUIServer:
             if response.status_code != 200:
                 raise ComfyUIError(f"ComfyUI refused the workflow: {response.text}", response.json())
             prompt_id = response.json()["prompt_id"]
-            _wait(connection, prompt_id, progress)
+            _wait(connection, prompt_id)
         finally:
             connection.close()
         outputs = self.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
@@ -171,7 +159,7 @@ class ComfyUIServer:
             return False
 
 
-def _wait(connection: websocket.WebSocket, prompt_id: str, progress: Progress | None) -> None:
+def _wait(connection: websocket.WebSocket, prompt_id: str) -> None:
     error: ComfyUIError | None = None
     while True:
         message = connection.recv()
@@ -179,9 +167,7 @@ def _wait(connection: websocket.WebSocket, prompt_id: str, progress: Progress | 
         data = event.get("data", {})
         if data.get("prompt_id") != prompt_id:
             continue
-        if event["type"] == "progress" and progress is not None:
-            progress(data["value"], data["max"])
-        elif event["type"] in ("execution_error", "execution_interrupted"):
+        if event["type"] in ("execution_error", "execution_interrupted"):
             error = ComfyUIError(f"{data.get('node_type')} failed: {data.get('exception_message')}", data)
         elif event["type"] == "executing" and data["node"] is None:  # sent last, when the history is written
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,19 +10,44 @@ from pathlib import Path
 import PIL.Image
 
 from comfyui_psa.training.comfyui import PACK
+from comfyui_psa.training.demo import PICTURES, PROMPTS
 
 
-def test_the_demo_draws_every_level_on_one_sheet(tmp_path: Path) -> None:
+def test_the_demo_draws_every_level_and_counts_what_is_there(tmp_path: Path) -> None:
     sheet = tmp_path / "sheets" / "levels.png"
     command = (sys.executable, "-m", "comfyui_psa.training", "demo")
     options = ("--comfyui", PACK / ".runtime" / "comfyui", "--output", sheet)
     result = subprocess.run((*command, *options), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "Contact sheet" in result.stdout
-    picture = PIL.Image.open(sheet).convert("RGB")
-    tiles = {picture.crop((x, y, x + 256, y + 256)).tobytes() for x in (16, 288, 560) for y in (16, 354)}
-    assert len(tiles) == 6
-    assert all(len(set(tile)) > 50 for tile in tiles)
+    assert "The detector that counted is right about" in result.stdout
+    with PIL.Image.open(sheet) as picture:
+        assert picture.height > len(PROMPTS) * 96
+
+    counts = json.loads(sheet.with_suffix(".json").read_text(encoding="utf-8"))
+    assert list(counts) == ["base", "L0", "L1", "L2", "L3", "L4", "L5"]
+
+    def share(level: str, measure: str) -> float:
+        found = [value for name, value in counts[level].items() if name.startswith(measure)]
+        return sum(value["pictures"] for value in found) / sum(value["of"] for value in found)
+
+    asked = {level: sum(v["of"] for name, v in found.items() if "gone" in name) for level, found in counts.items()}
+    assert asked == {level: PICTURES * bans for level, bans in zip(counts, (0, 0, 2, 4, 4, 5, 7), strict=True)}
+    # The miniature follows prompts; who bans nothing loses nothing; who bans everything loses the glyphs alone.
+    for free in ("base", "L0"):
+        assert share(free, "allowed glyph kept") >= 0.9
+        assert share(free, "object kept") >= 0.9
+    assert share("L5", "no glyph at all") >= 0.75
+    assert share("L5", "object kept") >= 0.8
+    # The stricter, the less is there of what is banned anywhere.
+    left = [_glyphs_left(counts[level]) for level in ("L0", "L1", "L4", "L5")]
+    assert left == sorted(left, reverse=True)
+    assert left[0] > left[-1]
+
+
+def _glyphs_left(counts: dict[str, dict[str, int]]) -> int:
+    kept = sum(value["pictures"] for name, value in counts.items() if "kept, " in name)
+    return kept + sum(value["of"] - value["pictures"] for name, value in counts.items() if "gone" in name)
 
 
 def test_a_folder_without_comfyui_is_refused_at_once(tmp_path: Path) -> None:

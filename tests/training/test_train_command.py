@@ -1,4 +1,4 @@
-"""`psa train` and `psa synthetic` as people type them: what they print, write, and refuse."""
+"""`psa train` as people type it: what they print, write, and refuse."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from interrupted_runs import Ended, Workplace, command, folder_bytes, steps_kept, write_config
 from safetensors.torch import load_file
-from training_runs import adapter_file, run
+from training_runs import adapter_file
 from typer.testing import CliRunner, Result
 
 from comfyui_psa.adapter import load_adapter
@@ -18,7 +18,6 @@ from comfyui_psa.profiles import Profile
 from comfyui_psa.profiles.encoders import AttributesEncoder
 from comfyui_psa.training.cli import app
 from comfyui_psa.training.config import load_config
-from comfyui_psa.training.dpo.metrics import read_metrics
 
 ATTRIBUTES = AttributesEncoder().encode([Profile()]).shape[1]
 
@@ -130,8 +129,7 @@ def test_what_is_missing_is_one_sentence(
 def test_a_missing_configuration_is_one_sentence(tmp_path: Path) -> None:
     message = _sentence(command(["missing.toml"], tmp_path))
     assert message == (
-        "psa: There is no configuration missing.toml. Name a TOML file, or one of miniature, psa-sd15, psa-sdxl, "
-        "synthetic."
+        "psa: There is no configuration missing.toml. Name a TOML file, or one of miniature, psa-sd15, psa-sdxl."
     )
 
 
@@ -143,35 +141,3 @@ def test_a_missing_package_comes_with_the_command_that_installs_it(workplace: Wo
     message = _sentence(Ended(done.returncode, done.stdout, done.stderr))
     assert "datasets" in message
     assert "pip install -e '.[train]'" in message
-
-
-def test_a_ready_configuration_trains_on_what_synthetic_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    written = _psa("synthetic", "synthetic", "--pairs", 12, "--users", 6)
-    assert written.exit_code == 0, written.output
-    assert "12 pairs, 6 users" in written.stdout
-    refused = _psa("synthetic", "synthetic")
-    assert "is not empty" in str(refused.exception)
-
-    overrides = (
-        "run.steps=2",
-        "run.batch_size=2",
-        "validation.every=2",
-        "validation.pairs=1",
-        "validation.grid_every=2",
-        "validation.grid_steps=1",
-        'validation.grid_prompts=["a dog on the grass"]',
-        "tracking.every=1",
-        "tracking.trackers=[]",
-    )
-    config = load_config(Path("synthetic"), overrides)
-    said = run(config)
-    assert [line.split("  ")[0] for line in said.splitlines()[:-1]] == ["step 1/2", "step 2/2"]
-    lines = read_metrics(config.run.output)
-    assert [line["step"] for line in lines] == [0, 1, 2, 2]
-    assert lines[1]["loss"] == pytest.approx(0.6931472, abs=1e-6)
-    assert {"seen/loss", "unseen/loss"} <= lines[-1].keys()
-    adapter = load_adapter(adapter_file(config))
-    assert adapter.config.hidden_sizes == (320, 640, 640, 640, 320, 320, 640)
-    assert float(sum(site.abs().sum() for site in adapter.sites.parameters())) > 0
-    assert (config.run.output / "grids" / "step-000002.png").is_file()

@@ -7,14 +7,18 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import PIL.Image
 import pytest
 import requests
 from playwright.sync_api import Page, sync_playwright
 from prompts import CHECKPOINT
 from studio import Studio
 
-from comfyui_psa.training.comfyui import to_prompt
-from comfyui_psa.training.demo import WORKFLOW
+from comfyui_psa.profiles import find_level
+from comfyui_psa.training.comfyui import PACK, to_prompt
+from comfyui_psa.training.miniature import MINIATURE
+from comfyui_psa.training.miniature.detector import load_detector
+from comfyui_psa.training.miniature.recipe import DETECTOR
 
 OPTIONS = (
     "--no-sandbox",
@@ -24,7 +28,16 @@ OPTIONS = (
     "--disable-component-update",
     "--no-first-run",
 )
-NODES = ("PSALoadAdapter", "PSASafetyLevel", "PSAUserProfile", "PSAEncodeProfile", "PSALoadEmbedding", "PSAApply")
+NODES = {
+    "PSALoadAdapter": "Load PSA Adapter",
+    "PSALoadMiniature": "Load PSA Miniature",
+    "PSASafetyLevel": "Safety Level",
+    "PSAUserProfile": "User Safety Profile",
+    "PSAEncodeProfile": "Encode Safety Profile",
+    "PSALoadEmbedding": "Load Safety Embedding",
+    "PSAApply": "Apply PSA",
+}
+EXAMPLES = ("psa_first_steps", "psa_checkpoint")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["canvas", "nodes2"])
@@ -44,9 +57,8 @@ def page(request: pytest.FixtureRequest, studio: Studio) -> Iterator[Page]:
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def workflow() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+def example(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((PACK / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
     return content
 
 
@@ -62,21 +74,23 @@ def queue(page: Page) -> dict[str, Any]:
     return result
 
 
+def run(page: Page, studio: Studio) -> list[PIL.Image.Image]:
+    """Queue the graph and return the pictures that it saved."""
+    result = queue(page)
+    assert "ok" in result, result
+    outputs = studio.server.get("/history")[result["ok"]["prompt_id"]]["outputs"]
+    saved = [image["filename"] for output in outputs.values() for image in output["images"]]
+    return [PIL.Image.open(studio.output / name) for name in saved]
+
+
 def test_all_nodes_can_be_made(page: Page) -> None:
     made = page.evaluate("(names) => names.map((name) => LiteGraph.createNode(name)?.title)", list(NODES))
-    assert made == [
-        "Load PSA Adapter",
-        "Safety Level",
-        "User Safety Profile",
-        "Encode Safety Profile",
-        "Load Safety Embedding",
-        "Apply PSA",
-    ]
+    assert made == list(NODES.values())
 
 
-def test_the_example_opens_and_gives_the_prompt_that_the_demo_queues(
-    page: Page, studio: Studio, workflow: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_opens_and_is_the_prompt_that_we_queue(page: Page, studio: Studio, name: str) -> None:
+    workflow = example(name)
     page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
     assert page.get_by_text("Invalid workflow").count() == 0
     exported = page.evaluate("async () => (await app.graphToPrompt()).output")
@@ -87,8 +101,27 @@ def test_the_example_opens_and_gives_the_prompt_that_the_demo_queues(
     assert theirs == ours
 
 
-def test_the_example_runs(page: Page, studio: Studio, workflow: dict[str, Any]) -> None:
-    page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+def test_first_steps_run_as_they_are(page: Page, studio: Studio) -> None:
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", example("psa_first_steps"))
+    detector = load_detector(MINIATURE / DETECTOR)
+
+    def rings() -> int:
+        pictures = run(page, studio)
+        assert [picture.size for picture in pictures] == [(96, 96)] * 4
+        return sum("Sexuality" in seen.glyphs for seen in detector.see(pictures))
+
+    assert rings() <= 1
+    page.evaluate(
+        """(level) => {
+            app.graph.nodes.find((node) => node.type === 'PSASafetyLevel').widgets[0].value = level;
+        }""",
+        find_level("L0").label,
+    )
+    assert rings() >= 3
+
+
+def test_the_example_with_a_checkpoint_runs(page: Page, studio: Studio) -> None:
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", example("psa_checkpoint"))
     page.evaluate(
         """([checkpoint, adapter]) => {
             const widget = (type, name) => app.graph.nodes.find((node) => node.type === type)
@@ -101,11 +134,8 @@ def test_the_example_runs(page: Page, studio: Studio, workflow: dict[str, Any]) 
         }""",
         [CHECKPOINT, "SmolLM2-135M-Instruct.safetensors"],
     )
-    result = queue(page)
-    assert "ok" in result, result
-    outputs = studio.server.get("/history")[result["ok"]["prompt_id"]]["outputs"]
-    (saved,) = [image["filename"] for output in outputs.values() for image in output["images"]]
-    assert (studio.output / saved).is_file()
+    (picture,) = run(page, studio)
+    assert picture.size == (64, 64)
 
 
 def test_a_shared_workflow_holds_the_reference_alone(page: Page, studio: Studio) -> None:
