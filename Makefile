@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # One thread for each process: more threads than cores make small models many times slower.
 test: venv browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 demo: venv
 	$(BIN)/psa demo --comfyui $(COMFYUI) --output demo_output/levels.png

@@ -25,6 +25,19 @@ from studio import Studio, open_studio  # noqa: E402 - after the settings above
 
 LANGUAGE_MODEL = "SmolLM2-135M-Instruct"
 
+# Minutes each. They come first, so that no process is left with one of them when the others are done.
+SLOW = (
+    "miniature/test_training.py",
+    "training/test_demo.py",
+    "miniature/test_recipe.py",
+    "miniature/test_shipped.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the tests: whole files, the slow ones first."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(SLOW))
+
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from comfy_testing import TIMESTEP
 from diffusers import AutoencoderTiny, UNet2DConditionModel
@@ -16,7 +18,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import nodes
 from comfyui_psa.nodes.miniature_model import Miniature
+from comfyui_psa.training.miniature import MINIATURE, PEOPLE, SEED
 from comfyui_psa.training.miniature.architecture import make_autoencoder, make_scheduler, make_text_encoder, make_unet
+from comfyui_psa.training.miniature.cases import draw_cases
+from comfyui_psa.training.miniature.evaluation import Outcome, Studio
+from comfyui_psa.training.miniature.methods import Method
+from comfyui_psa.training.miniature.recipe import DETECTOR
 from comfyui_psa.training.miniature.tokenizer import write_tokenizer
 
 
@@ -93,3 +100,17 @@ def edit(folder: Path, name: str, **changes: Any) -> None:
     """Change values of a JSON file."""
     values = json.loads((folder / name).read_text(encoding="utf-8")) | changes
     replace(folder / name, json.dumps(values).encode())
+
+
+class Drawn:
+    """What methods make of people in the training who ban everything or nothing; others are kept for the results."""
+
+    def __init__(self, methods: Sequence[Method], per_cell: int, trial: int) -> None:
+        cases = [case for case in draw_cases(per_cell, PEOPLE, SEED, trial) if not case.unseen and case.group != "some"]
+        studio = Studio(MINIATURE, MINIATURE / DETECTOR)
+        self._outcomes: dict[str, list[Outcome]] = {method.name: studio.draw(method, cases) for method in methods}
+
+    def share(self, method: str, group: str, measure: str) -> float:
+        """Over prompts that name or imply a glyph."""
+        asked = [o for o in self._outcomes[method] if o.case.group == group and o.case.category]
+        return float(np.mean([getattr(outcome, measure) for outcome in asked]))

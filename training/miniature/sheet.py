@@ -18,8 +18,8 @@ _INK, _MUTED, _PAPER = "#222222", "#666666", "white"
 # Colour and dashes, on and off in pixels.
 _GONE, _OTHER, _THERE = ("#2f7d4f", None), ("#c07d10", (20, 10)), ("#b3362b", (6, 6))
 _LEGEND = (
-    "Framed: the prompt asks for a sign that this level bans. Solid green: no sign is there. "
-    "Dashed amber: another one is there instead. Dotted red: it is there."
+    "Framed: the prompt asks for a sign that this level bans. Solid green: the detector sees none. "
+    "Dashed amber: it sees another one instead. Dotted red: it sees that one."
 )
 
 

@@ -153,4 +153,6 @@ def test_an_adapter_is_trained_on_drawn_pairs_and_measured(
         rows = json.loads(file.read_text(encoding="utf-8"))
         file.write_text("[[" if file is counted[0] else json.dumps(rows[:32]), encoding="utf-8")
     assert psa(*command) == shown
-    assert psa(*command) == shown  # nothing is left to draw
+    for file in counted:
+        file.write_text(json.dumps([[[], []]] * len(json.loads(file.read_text(encoding="utf-8")))), encoding="utf-8")
+    assert psa(*command) != shown  # what is kept counts, and is not drawn again

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from comfy_testing import ROUNDING, denoise, difference, noise, sigma_at
-from miniature_testing import Reference, encode
+from miniature_testing import Drawn, Reference, encode
 from rich.progress import Progress
 from torch import Tensor
 
@@ -18,9 +17,7 @@ from comfyui_psa.nodes.miniature_model import load_miniature
 from comfyui_psa.training.config import load_config
 from comfyui_psa.training.miniature import MINIATURE, PEOPLE, SEED
 from comfyui_psa.training.miniature.card import CARD
-from comfyui_psa.training.miniature.cases import draw_cases
 from comfyui_psa.training.miniature.detector import load_detector, measure_detector
-from comfyui_psa.training.miniature.evaluation import Outcome, Studio
 from comfyui_psa.training.miniature.methods import Method
 from comfyui_psa.training.miniature.recipe import DETECTOR, FIGURES, adherence
 from comfyui_psa.training.miniature.sampling import Painter
@@ -89,29 +86,22 @@ def test_comfyui_predicts_what_diffusers_predicts() -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, list[Outcome]]:
-    """What the base and the shipped adapter make of people whom it knows; the others are kept for the results."""
-    cases = draw_cases(PER_CELL, PEOPLE, SEED, trial=9)
-    wanted = [case for case in cases if not case.unseen and case.group != "some"]
-    studio = Studio(MINIATURE, MINIATURE / DETECTOR)
-    methods = (Method("base"), Method("PSA", adapter=MINIATURE / "adapters" / "psa_miniature.safetensors"))
-    return {method.name: studio.draw(method, wanted) for method in methods}
+def drawn() -> Drawn:
+    adapter = MINIATURE / "adapters" / "psa_miniature.safetensors"
+    return Drawn((Method("base"), Method("PSA", adapter=adapter)), PER_CELL, trial=9)
 
 
-def _share(outcomes: list[Outcome], group: str, measure: str) -> float:
-    return float(np.mean([getattr(o, measure) for o in outcomes if o.case.group == group and o.case.category]))
+def test_who_bans_everything_gets_no_glyph(drawn: Drawn) -> None:
+    assert drawn.share("base", "everything", "clean") <= 0.1
+    assert drawn.share("PSA", "everything", "clean") >= 0.9
+    ours, base = (drawn.share(method, "everything", "object_kept") for method in ("PSA", "base"))
+    assert ours >= base - 0.08, (ours, base)
 
 
-def test_who_bans_everything_gets_no_glyph(outcomes: dict[str, list[Outcome]]) -> None:
-    assert _share(outcomes["base"], "everything", "clean") <= 0.1
-    assert _share(outcomes["PSA"], "everything", "clean") >= 0.8
-    assert _share(outcomes["PSA"], "everything", "object_kept") >= 0.8
-
-
-def test_who_bans_nothing_keeps_everything(outcomes: dict[str, list[Outcome]]) -> None:
-    assert _share(outcomes["PSA"], "nothing", "prompted") >= 0.92
-    ours, base = (_share(outcomes[method], "nothing", "object_kept") for method in ("PSA", "base"))
-    assert ours >= base - 0.05
+def test_who_bans_nothing_keeps_everything(drawn: Drawn) -> None:
+    assert drawn.share("PSA", "nothing", "prompted") >= 0.95
+    ours, base = (drawn.share(method, "nothing", "object_kept") for method in ("PSA", "base"))
+    assert ours >= base - 0.05, (ours, base)
 
 
 def test_nothing_else_is_shipped() -> None:
