@@ -3,11 +3,13 @@
 Knows nothing of ComfyUI, diffusers or language models.
 """
 
-from .config import PAPER_CATEGORIES, AdapterConfig, EncoderSpec, NullMode
-from .constant import PSAAdapter, SiteVectors, UserCrossAttention, UserProjection
+from .adapter import PSAAdapter, UserEffect, UserText
+from .config import PAPER_CATEGORIES, AdapterConfig, EncoderSpec, GatedSpec, Kind, NullMode, TextSpec
+from .constant import SiteVectors
 from .errors import AdapterError
 from .families import FAMILIES, Family, family_name
 from .files import SUFFIXES, load_adapter, save_adapter
+from .gated import SiteGate
 from .release import TEMPLATE_NAME
 from .sites import WORKS_WITH, BlockKey, Site, find_sites
 
@@ -22,12 +24,16 @@ __all__ = [
     "BlockKey",
     "EncoderSpec",
     "Family",
+    "GatedSpec",
+    "Kind",
     "NullMode",
     "PSAAdapter",
     "Site",
+    "SiteGate",
     "SiteVectors",
-    "UserCrossAttention",
-    "UserProjection",
+    "TextSpec",
+    "UserEffect",
+    "UserText",
     "family_name",
     "find_sites",
     "load_adapter",

@@ -8,8 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 
 from .families import FAMILIES, describe, family_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)
 NullMode = Literal["zero_embedding", "none"]
+Kind = Literal["constant", "gated", "text"]
 
 # The seven categories of the paper, in the order in which its release lists them.
 PAPER_CATEGORIES = ("Hate", "Harassment", "Violence", "Self-Harm", "Sexuality", "Shocking", "Propaganda")
@@ -34,8 +36,47 @@ class EncoderSpec(BaseModel):
     template: str | None = None
 
 
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GatedSpec(_Spec):
+    """The sizes of image-side user attention: tokens of a user and their width, heads and the width of each."""
+
+    num_tokens: PositiveInt = 8
+    token_dim: PositiveInt = 256
+    heads: PositiveInt = 4
+    head_dim: PositiveInt = 32
+
+
+class TextSpec(_Spec):
+    """The sizes of the text side: see ``adapter/text.py`` for its two forms.
+
+    ``pooled_dim`` is the width of the pooled text vector where the base reads one (SDXL), else None.
+    """
+
+    form: Literal["attention", "mlp"] = "attention"
+    num_tokens: PositiveInt = 8
+    token_dim: PositiveInt = 256
+    inner_dim: PositiveInt = 256
+    heads: PositiveInt = 4
+    pooled_dim: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> TextSpec:
+        if self.form == "mlp" and self.num_tokens != 1:
+            raise ValueError(f'the form "mlp" takes one user token, and num_tokens is {self.num_tokens}')
+        if self.inner_dim % self.heads:
+            raise ValueError(f"inner_dim {self.inner_dim} is no multiple of heads {self.heads}")
+        return self
+
+
 class AdapterConfig(BaseModel):
-    """The configuration of an adapter. ``hidden_sizes`` has one entry per site, in diffusers' order.
+    """The configuration of an adapter.
+
+    An adapter acts in up to three ways: ``constant`` (the paper: a vector per cross-attention layer), ``gated`` (image
+    side, several tokens that look before they act) and ``text`` (text side). ``hidden_sizes`` has one entry per site,
+    in diffusers' order; it may be empty if only the text side acts.
 
     ``base`` names the base family; left out, it follows from the dimensions ("other" if none has them).
     ``null`` says what the unconditional half of classifier-free guidance was trained with: the projection
@@ -44,11 +85,13 @@ class AdapterConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["constant"] = "constant"
     base: str = ""
-    hidden_sizes: tuple[PositiveInt, ...] = Field(min_length=1)
+    hidden_sizes: tuple[PositiveInt, ...] = ()
     cross_attention_dim: PositiveInt
     embedding_dim: PositiveInt
+    constant: bool = True
+    gated: GatedSpec | None = None
+    text: TextSpec | None = None
     num_tokens: PositiveInt = 1
     null: NullMode = "zero_embedding"
     encoder: EncoderSpec
@@ -60,25 +103,52 @@ class AdapterConfig(BaseModel):
     def _one_token(cls, value: int) -> int:
         if value != 1:
             raise ValueError(
-                f"it has {value} user tokens; this version applies one. With one token the user attention is a "
-                "constant vector per layer, with more it would need real attention"
+                f"it has {value} user tokens; the constant kind has one. With one token the user attention is a "
+                "constant vector per layer; several are the gated kind"
             )
         return value
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in_base(cls, values: Any) -> Any:
-        """The family's name follows from the dimensions."""
-        if isinstance(values, dict) and not values.get("base") and values.get("hidden_sizes"):
+    def _complete(cls, values: Any) -> Any:
+        """The family's name follows from the dimensions; format version 1 had one kind, and said so."""
+        if not isinstance(values, dict):
+            return values
+        values = {name: value for name, value in values.items() if (name, value) != ("kind", "constant")}
+        if not values.get("base") and values.get("hidden_sizes"):
             return values | {"base": family_name(values["hidden_sizes"], values.get("cross_attention_dim", 0))}
         return values
 
     @model_validator(mode="after")
+    def _check_kinds(self) -> AdapterConfig:
+        if not self.kinds:
+            raise ValueError("it acts in no way: neither constant, nor gated, nor text")
+        if not self.hidden_sizes and self.kinds != ("text",):
+            raise ValueError("it acts at cross-attention layers, and names none (hidden_sizes)")
+        if self.gated and any(size % self.gated.heads for size in self.hidden_sizes):
+            raise ValueError(f"{self.gated.heads} heads do not divide all of its layers' widths")
+        if self.null != "none" and not self.constant:
+            raise ValueError('only the constant kind has a null user: null has to be "none"')
+        return self
+
+    @model_validator(mode="after")
     def _check_base(self) -> AdapterConfig:
+        if not self.hidden_sizes:
+            return self
         expected = family_name(self.hidden_sizes, self.cross_attention_dim)
         if self.base != expected and self.base in {family.name for family in FAMILIES}:
             raise ValueError(f'it says its base is "{self.base}", but its layers are those of "{expected}"')
         return self
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """In which ways the adapter acts."""
+        there: tuple[tuple[Kind, object], ...] = (
+            ("constant", self.constant),
+            ("gated", self.gated),
+            ("text", self.text),
+        )
+        return tuple(kind for kind, on in there if on)
 
     @property
     def num_sites(self) -> int:

@@ -6,16 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from .config import AdapterConfig, NullMode
-from .errors import AdapterError
-from .families import describe
-from .sites import Site
 
 
 class SiteVectors(NamedTuple):
@@ -28,19 +22,10 @@ class SiteVectors(NamedTuple):
     user: tuple[Tensor, ...]
     null: tuple[Tensor, ...] | None
 
-
-class UserProjection(nn.Module):
-    """User embedding to user token: ``u = LayerNorm(W e + b)``."""
-
-    def __init__(self, embedding_dim: int, cross_attention_dim: int) -> None:
-        """Make a projection from ``embedding_dim`` to ``cross_attention_dim``."""
-        super().__init__()
-        self.proj = nn.Linear(embedding_dim, cross_attention_dim)
-        self.norm = nn.LayerNorm(cross_attention_dim)
-
-    def forward(self, embedding: Tensor) -> Tensor:
-        """Map ``[users, embedding_dim]`` to ``[users, cross_attention_dim]``."""
-        return self.norm(self.proj(embedding))
+    def rows(self) -> tuple[Tensor, ...]:
+        """Return per site ``[users + 1, hidden_i]``: the users, then the unconditional half (zeros if untouched)."""
+        nulls = self.null or [torch.zeros_like(user[0]) for user in self.user]
+        return tuple(torch.cat((user, null[None])) for user, null in zip(self.user, nulls, strict=True))
 
 
 class UserCrossAttention(nn.Module):
@@ -55,68 +40,3 @@ class UserCrossAttention(nn.Module):
     def forward(self, user_token: Tensor) -> Tensor:
         """Map user tokens ``[users, cross_attention_dim]`` to ``[users, hidden_size]``."""
         return self.to_v_user(user_token)
-
-
-class PSAAdapter(nn.Module):
-    """A whole adapter: projection, one user cross-attention per site, and its configuration.
-
-    ``embedding_mean`` and ``embedding_std`` (``[embedding_dim]``) standardise user embeddings; the paper's
-    adapters have 0 and 1. Parameters are float32.
-    """
-
-    embedding_mean: Tensor
-    embedding_std: Tensor
-
-    def __init__(self, config: AdapterConfig) -> None:
-        """Make an adapter that changes nothing yet (all values are zero)."""
-        super().__init__()
-        self.config = config
-        self.user_proj = UserProjection(config.embedding_dim, config.cross_attention_dim)
-        self.sites = nn.ModuleList(UserCrossAttention(config.cross_attention_dim, size) for size in config.hidden_sizes)
-        self.register_buffer("embedding_mean", torch.zeros(config.embedding_dim))
-        self.register_buffer("embedding_std", torch.ones(config.embedding_dim))
-
-    def user_token(self, embedding: Tensor) -> Tensor:
-        """Project embeddings ``[users, embedding_dim]`` to user tokens ``[users, cross_attention_dim]``."""
-        if embedding.ndim != 2 or embedding.shape[1] != self.config.embedding_dim:
-            raise AdapterError(
-                f"The user embedding has shape {list(embedding.shape)}, but this adapter expects "
-                f"[users, {self.config.embedding_dim}]. Use an embedding from the encoder that the adapter was "
-                f"trained with ({self.config.encoder.name})."
-            )
-        standardised = (embedding.to(self.embedding_mean) - self.embedding_mean) / self.embedding_std
-        return self.user_proj(standardised)
-
-    def null_token(self) -> Tensor:
-        """Return the token ``[1, cross_attention_dim]`` of a zero (standardised) embedding: ``LayerNorm(b)``."""
-        return self.user_proj(self.embedding_mean.new_zeros(1, self.config.embedding_dim))
-
-    def site_vectors(self, embedding: Tensor, null: NullMode | None = None) -> SiteVectors:
-        """Return what these users add at each site, and what the unconditional half adds.
-
-        Args:
-            embedding: user embeddings, ``[users, embedding_dim]``.
-            null: the unconditional half; by default as the adapter was trained.
-
-        Raises:
-            AdapterError: the embedding has another width.
-        """
-        user = self._values(self.user_token(embedding))
-        if (null or self.config.null) == "none":
-            return SiteVectors(user, None)
-        return SiteVectors(user, tuple(value[0] for value in self._values(self.null_token())))
-
-    def check_sites(self, sites: Sequence[Site]) -> None:
-        """Raise AdapterError unless these are the cross-attention layers that the adapter was trained for."""
-        found = [site.hidden_size for site in sites]
-        widths = sorted({site.cross_attention_dim for site in sites})
-        if found != list(self.config.hidden_sizes) or widths != [self.config.cross_attention_dim]:
-            model = describe(found, widths[0]) if len(widths) == 1 else f"a UNet with the text widths {widths}"
-            raise AdapterError(
-                f"This adapter was trained for {self.config.describe_base()}, but the connected model is "
-                f"{model}. Load a checkpoint of the adapter's family, or an adapter made for "
-                "this model."
-            )
-
-    def _values(self, token: Tensor) -> tuple[Tensor, ...]:
-        return tuple(site(token) for site in self.sites)

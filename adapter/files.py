@@ -1,8 +1,9 @@
 """Adapter files: our self-describing safetensors format, read and written, and the way into every format.
 
-Format version 1: tensors ``user_proj.{proj,norm}.{weight,bias}``, ``sites.<i>.to_v_user.weight`` (diffusers'
-order), ``embedding_mean`` and ``embedding_std``; metadata ``format``, ``format_version`` and ``config``, the
-JSON of :class:`AdapterConfig`. The published release has its own module.
+Format version 2: the tensors of :class:`PSAAdapter` by their names, sites in diffusers' order (of the constant kind
+``user_proj.{proj,norm}.{weight,bias}`` and ``sites.<i>.to_v_user.weight``; of all ``embedding_mean`` and
+``embedding_std``); metadata ``format``, ``format_version`` and ``config``, the JSON of :class:`AdapterConfig`.
+Version 1 had the constant kind alone. The published release has its own module.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..safe_files import DAMAGE, replacing
-from .config import FORMAT_VERSION, AdapterConfig
-from .constant import PSAAdapter
+from .adapter import PSAAdapter
+from .config import FORMAT_VERSION, READ_VERSIONS, AdapterConfig
 from .errors import AdapterError
 from .release import flatten_release, read_pickle, translate_release
 
@@ -82,9 +83,9 @@ def _compact(tensor: Tensor) -> Tensor:
 
 def _read_config(metadata: Mapping[str, str], path: Path) -> AdapterConfig:
     version = metadata.get("format_version", "")
-    if version != str(FORMAT_VERSION):
+    if version not in map(str, READ_VERSIONS):
         raise AdapterError(
-            f"{path.name} has format version {version or 'unknown'}; this version of ComfyUI-PSA reads version "
+            f"{path.name} has format version {version or 'unknown'}; this version of ComfyUI-PSA reads versions up to "
             f"{FORMAT_VERSION}. Update ComfyUI-PSA, or ask for the adapter in the older format."
         )
     try:

@@ -44,8 +44,8 @@ def apply_psa(
     sites = find_sites(model.model.diffusion_model)
     adapter.check_sites(sites)
     with torch.no_grad():
-        vectors = adapter.site_vectors(embedding.vectors, null)
-    return UserPatch(vectors, sites, strength, start_percent, end_percent).attach(model)
+        effect = adapter.effect(embedding.vectors, null)
+    return UserPatch(effect, len(embedding.vectors), sites, strength, start_percent, end_percent).attach(model)
 
 
 def check_encoder(adapter: PSAAdapter, embedding: SafetyEmbedding) -> None:

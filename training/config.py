@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..adapter import EncoderSpec, NullMode
+from ..adapter import EncoderSpec, GatedSpec, Kind, NullMode, TextSpec
 from .errors import TrainingError
 
 if sys.version_info >= (3, 11):
@@ -98,8 +98,11 @@ class DataSection(Section):
 
 
 class AdapterSection(Section):
-    """What is trained."""
+    """What is trained: one or several kinds, see ``docs/training.md``."""
 
+    kinds: tuple[Kind, ...] = Field(("constant",), min_length=1, description="constant (the paper), gated, text")
+    gated: GatedSpec = GatedSpec()
+    text: TextSpec = Field(TextSpec(), description="sizes; pooled_dim is the base model's own")
     name: str = Field("psa_adapter", pattern=r"^[\w][\w.-]*$", description="the file name, without ending")
     null: NullMode = "zero_embedding"
     standardise: bool = Field(True, description="standardise user embeddings; false is the paper")
@@ -220,6 +223,11 @@ class TrainConfig(Section):
                 'loss.user_dropout trains the null user, and adapter.null = "none" has none: set '
                 'loss.user_dropout = 0, or adapter.null = "zero_embedding"'
             )
+        if self.adapter.null != "none" and "constant" not in self.adapter.kinds:
+            raise ValueError(
+                f"adapter.kinds = {list(self.adapter.kinds)} leave the unconditional half as it is: set adapter.null = "
+                '"none" and loss.user_dropout = 0'
+            )
         return self
 
 
@@ -300,7 +308,7 @@ def _section_at(location: Sequence[str]) -> type[BaseModel]:
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:
     for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
 

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from rich.progress import Progress
 from torch import Tensor
 
-from ..adapter import AdapterConfig, PSAAdapter, find_sites
+from ..adapter import PSAAdapter
 from ..profiles import Profile, levels
 from ..profiles.encoders.attributes import DIM as ATTRIBUTES_DIM
 from .base import BaseModel
@@ -23,7 +23,7 @@ from .data.split import split_pairs
 from .data.users import encoder_spec, load_user_embedding
 from .dpo.batches import Batches
 from .dpo.draws import Draws
-from .dpo.trainable import standardise
+from .dpo.trainable import new_adapter_config, standardise
 from .errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -102,17 +102,8 @@ def make_adapter(config: TrainConfig, base: BaseModel, data: TrainingData) -> PS
             f"The user embeddings have {dim} numbers, but data.encoder says {spec.name}, which gives {ATTRIBUTES_DIM}. "
             "State in [data.encoder] what made them: kind, name, and the template."
         )
-    sites = find_sites(base.empty_unet())
-    adapter = PSAAdapter(
-        AdapterConfig(
-            hidden_sizes=tuple(site.hidden_size for site in sites),
-            cross_attention_dim=sites[0].cross_attention_dim,
-            embedding_dim=dim,
-            null=config.adapter.null,
-            encoder=spec,
-            training=_history(config, base, data),
-        )
-    )
+    described = new_adapter_config(config.adapter, base, dim, spec)
+    adapter = PSAAdapter(described.model_copy(update={"training": _history(config, base, data)}))
     if config.adapter.standardise and len(embeddings) < 2:
         raise DataError(
             "All training pairs belong to one user: there is nothing to standardise, and the adapter would hold that "
@@ -124,12 +115,14 @@ def make_adapter(config: TrainConfig, base: BaseModel, data: TrainingData) -> PS
 
 
 def seeded(adapter: PSAAdapter, draws: Draws) -> PSAAdapter:
-    """Draw the projection's first weights from the run's seed, as ``torch.nn.Linear`` draws them."""
-    linear = adapter.user_proj.proj
-    bound = linear.in_features**-0.5
+    """Draw the first weights from the run's seed, as ``torch.nn.Linear`` draws them; what is zero stays zero."""
+    zero = {id(weight) for weight in adapter.zero_at_start()}
     generator = draws.generator("weights", 0)
-    for parameter in (linear.weight, linear.bias):
-        torch.nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    for linear in (module for module in adapter.modules() if isinstance(module, torch.nn.Linear)):
+        bound = linear.in_features**-0.5
+        for parameter in (linear.weight, linear.bias):
+            if parameter is not None and id(parameter) not in zero:
+                torch.nn.init.uniform_(parameter, -bound, bound, generator=generator)
     return adapter
 
 

@@ -194,7 +194,9 @@ def _say_line(console: Console, config: TrainConfig, accelerator: Accelerator, r
 def _draw_grid(config: TrainConfig, base: BaseModel, data: TrainingData, trainer: Trainer) -> None:
     adapter = trainer.adapter()
     if adapter is not None and data.grid_users:
-        columns = {name: adapter.site_vectors(user[None]) for name, user in data.grid_users.items()}
+        device = trainer.accelerator.device
+        adapter.to(device)
+        columns = {name: adapter.effect(user[None].to(device)) for name, user in data.grid_users.items()}
         captions = config.validation.grid_prompts
         texts = {caption: data.cached.text(caption) for caption in (*captions, "")}
         step = trainer.progress.step
@@ -205,7 +207,7 @@ def _draw_grid(config: TrainConfig, base: BaseModel, data: TrainingData, trainer
             captions=captions,
             texts=texts,
             config=config.validation,
-            device=trainer.accelerator.device,
+            device=device,
             seed=config.run.seed,
             resolution=config.data.resolution,
         )

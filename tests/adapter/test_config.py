@@ -32,7 +32,7 @@ def test_unknown_base_is_called_other() -> None:
 
 def test_defaults_are_the_papers() -> None:
     config = AdapterConfig(**FIELDS)
-    assert (config.kind, config.num_tokens, config.null) == ("constant", 1, "zero_embedding")
+    assert (config.kinds, config.num_tokens, config.null) == (("constant",), 1, "zero_embedding")
     assert config.categories == PAPER_CATEGORIES
     assert set(PAPER_CATEGORIES) == {
         "Hate",
@@ -46,7 +46,7 @@ def test_defaults_are_the_papers() -> None:
 
 
 def test_more_than_one_token_is_refused_with_the_reason() -> None:
-    with pytest.raises(ValidationError, match="4 user tokens; this version applies one"):
+    with pytest.raises(ValidationError, match="4 user tokens; the constant kind has one"):
         AdapterConfig(**FIELDS, num_tokens=4)
 
 

@@ -321,9 +321,9 @@ def test_our_file_with_another_description(ours: Path, fault: str) -> None:
 
 
 METADATA_FAULTS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
-    "later version": ("format_version", "2", ("version 2", "version 1", "update")),
+    "later version": ("format_version", "3", ("version 3", "up to 2", "update")),
     "no version": ("format_version", None, ("version unknown",)),
-    "broken JSON": ("config", '{"kind": "constant"', ("JSON",)),
+    "broken JSON": ("config", '{"constant": true', ("JSON",)),
     "JSON of something else": ("config", "[]", ("config",)),
     "no description": ("config", None, ("config",)),
     "no format": ("format", None, ("not a PSA adapter",)),
@@ -339,5 +339,5 @@ def test_our_file_with_other_metadata(ours: Path, fault: str) -> None:
 
 
 def test_future_version_is_told_before_its_description_is_read(ours: Path) -> None:
-    redescribe(ours, {"colour": "blue"}, format_version="2")
-    assert "colour" not in assert_refused(ours, "version 2")
+    redescribe(ours, {"colour": "blue"}, format_version="3")
+    assert "colour" not in assert_refused(ours, "version 3")

@@ -97,9 +97,11 @@ def test_file_describes_itself(rich: PSAAdapter, tmp_path: Path) -> None:
     save_adapter(rich, path)
     metadata = metadata_of(path)
     assert metadata["format"] == "psa_adapter"
-    assert metadata["format_version"] == "1"
+    assert metadata["format_version"] == "2"
     assert json.loads(metadata["config"]) == {
-        "kind": "constant",
+        "constant": True,
+        "gated": None,
+        "text": None,
         "base": "toy",
         "hidden_sizes": [8, 16, 24],
         "cross_attention_dim": 12,
@@ -177,7 +179,7 @@ def test_release_is_described_as_the_papers(release: Path) -> None:
     config = load_adapter(release).config
     assert config.hidden_sizes == (8, 16, 24)
     assert (config.cross_attention_dim, config.embedding_dim, config.num_tokens) == (12, 10, 1)
-    assert (config.kind, config.null) == ("constant", "zero_embedding")
+    assert (config.kinds, config.null) == (("constant",), "zero_embedding")
     assert config.encoder == EncoderSpec(kind="llm", name="Qwen/Qwen2.5-7B-Instruct", template=None)
     assert "published" in config.training["source"]
 

@@ -18,13 +18,13 @@ import comfy.model_management
 import comfy.ops
 import pytest
 import torch
-import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, perp_neg
 from comfy_testing import DEVICE, ROUNDING, TINY, baked, comfy_model, conditioning, denoise, difference, noise
+from neighbours import like_attention_couple, like_ip_adapter
 from torch import Tensor
 
-from comfyui_psa.adapter import PSAAdapter, find_sites
+from comfyui_psa.adapter import PSAAdapter
 from comfyui_psa.nodes.apply import apply_psa
 from comfyui_psa.profiles import SafetyEmbedding
 
@@ -48,59 +48,6 @@ def guided(
 
 def alone(patcher: ModelPatcher) -> ModelPatcher:
     return patcher
-
-
-def like_ip_adapter(patcher: ModelPatcher, paths: list[str]) -> ModelPatcher:
-    """Take the attn2_replace slot of every block: attention over the text plus over an image's tokens."""
-
-    def replace(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        heads = extra_options["n_heads"]
-        generator = torch.Generator().manual_seed(q.shape[-1])
-        image_k, image_v = torch.randn(2, 1, 4, q.shape[-1], generator=generator).to(q)
-
-        def attend(keys: Tensor, values: Tensor) -> Tensor:
-            parts = [tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (q, keys, values)]
-            return F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
-
-        return attend(k, v) + 0.7 * attend(image_k.expand(q.shape[0], -1, -1), image_v.expand(q.shape[0], -1, -1))
-
-    patched = patcher.clone()
-    for site in find_sites(patcher.model.diffusion_model):
-        patched.set_model_attn2_replace(replace, *site.key)
-    return patched
-
-
-def like_attention_couple(patcher: ModelPatcher) -> ModelPatcher:
-    """Run conditional chunks twice, with the prompt and with another one, and mix the results by halves."""
-    other = conditioning(TINY, 9)[0][0]
-
-    def expand(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        chunks = extra_options["cond_or_uncond"]
-        kinds: list[int] = []
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for kind, *qkv in zip(chunks, *(tensor.chunk(len(chunks)) for tensor in (q, k, v)), strict=True):
-            parts.append(tuple(qkv))
-            kinds.append(kind)
-            if kind == 0:
-                context = other.to(q).expand(qkv[0].shape[0], -1, -1)
-                parts.append((qkv[0], context, context))
-                kinds.append(kind)
-        extra_options["cond_or_uncond_couple"] = kinds
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
-
-    def contract(out: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        kinds = extra_options["cond_or_uncond_couple"]
-        chunks = list(out.chunk(len(kinds)))
-        mixed = []
-        while chunks:
-            kind, chunk = kinds[len(kinds) - len(chunks)], chunks.pop(0)
-            mixed.append(chunk * 0.25 + chunks.pop(0) * 0.75 if kind == 0 else chunk)
-        return torch.cat(mixed)
-
-    patched = patcher.clone()
-    patched.set_model_attn2_patch(expand)
-    patched.set_model_attn2_output_patch(contract)
-    return patched
 
 
 @pytest.mark.parametrize("first", ["psa", "other"])

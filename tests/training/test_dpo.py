@@ -14,14 +14,15 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models import attention_processor
 from diffusers_testing import TwoBranchAttention
 from torch import Tensor
-from training_testing import DIM, pair_batch, tiny_adapter, tiny_unet
+from training_testing import CONTEXT, DIM, pair_batch, tiny_adapter, tiny_unet
 
 from comfyui_psa.adapter import AdapterError, PSAAdapter
 from comfyui_psa.training.config import ModelSection
 from comfyui_psa.training.dpo.denoising import PairBatch, pair_errors, prediction_target
+from comfyui_psa.training.dpo.inputs import Text, UserInputs
 from comfyui_psa.training.dpo.loss import PairErrors, diffusion_dpo_loss
 from comfyui_psa.training.dpo.policy import Policy, configure_unet
-from comfyui_psa.training.dpo.trainable import UserVectors, standardise
+from comfyui_psa.training.dpo.trainable import UserEffects, standardise
 
 BETA = 5000.0
 
@@ -30,9 +31,9 @@ def policy_for(unet: UNet2DConditionModel, adapter: PSAAdapter, **scheduler: obj
     return Policy(unet, DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False, **scheduler), adapter)
 
 
-def dpo(policy: Policy, vectors: UserVectors, batch: PairBatch, beta: float = BETA) -> Tensor:
+def dpo(policy: Policy, effects: UserEffects, batch: PairBatch, beta: float = BETA) -> Tensor:
     reference = policy.reference_errors(batch)
-    with policy.errors(vectors, batch) as model:
+    with policy.errors(effects, batch) as model:
         return diffusion_dpo_loss(model, reference, beta).loss
 
 
@@ -58,7 +59,7 @@ def test_the_loss_is_the_papers_by_hand() -> None:
 def test_the_loss_at_step_0_is_ln_2(dtype: torch.dtype, sdxl: bool) -> None:
     unet = tiny_unet(sdxl).to(dtype)
     adapter = tiny_adapter(unet)
-    loss = dpo(policy_for(unet, adapter), UserVectors(adapter), pair_batch(sdxl=sdxl, dropped=(1,)))
+    loss = dpo(policy_for(unet, adapter), UserEffects(adapter), pair_batch(sdxl=sdxl, dropped=(1,)))
     assert loss.dtype == torch.float32
     assert torch.equal(loss, torch.full_like(loss, math.log(2)))
 
@@ -68,7 +69,7 @@ def test_errors_of_a_pair_are_those_of_each_image_alone() -> None:
     unet = tiny_unet()
     adapter = tiny_adapter(unet, trained=True)
     policy, batch = policy_for(unet, adapter), pair_batch()
-    with torch.no_grad(), policy.errors(UserVectors(adapter), batch) as model:
+    with torch.no_grad(), policy.errors(UserEffects(adapter), batch) as model:
         pass
     alphas = DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod
     for i in range(3):
@@ -76,7 +77,7 @@ def test_errors_of_a_pair_are_those_of_each_image_alone() -> None:
         for images, found in ((batch.chosen, model.chosen), (batch.rejected, model.rejected)):
             alpha = alphas[batch.timesteps[i]]
             noisy = alpha.sqrt() * images[i] + (1 - alpha).sqrt() * batch.noise[i]
-            with torch.no_grad(), policy.applied(vectors):
+            with torch.no_grad(), policy.applied(UserInputs(Text(batch.text), vectors)):
                 predicted = unet(noisy[None], batch.timesteps[i], batch.text[i : i + 1]).sample[0]
             assert float(found[i]) == pytest.approx(float(F.mse_loss(predicted, batch.noise[i])), rel=1e-5)
 
@@ -87,9 +88,9 @@ def test_without_vectors_the_unet_is_the_base_bit_for_bit() -> None:
     policy = policy_for(unet, tiny_adapter(unet, trained=True))
     assert torch.equal(unet(batch.chosen, 10, batch.text).sample, before)
     zero = [torch.zeros(3, site.to_v_user.out_features) for site in tiny_adapter(unet).sites]
-    with policy.applied(zero):
+    with policy.applied(UserInputs(Text(batch.text), tuple(zero))):
         assert torch.equal(unet(batch.chosen, 10, batch.text).sample, before)
-    with policy.applied([vector + 1 for vector in zero]):
+    with policy.applied(UserInputs(Text(batch.text), tuple(vector + 1 for vector in zero))):
         assert not torch.equal(unet(batch.chosen, 10, batch.text).sample, before)
     assert torch.equal(unet(batch.chosen, 10, batch.text).sample, before)
 
@@ -120,15 +121,15 @@ def test_gradients_are_those_of_true_two_branch_attention(checkpointing: bool) -
         unet.enable_gradient_checkpointing()
     ours = tiny_adapter(unet, trained=True)
     policy = policy_for(unet, ours)
-    vectors = UserVectors(ours)
-    vectors.double()
-    with policy.applied(vectors(batch.embedding, batch.dropped)):
+    effects = UserEffects(ours)
+    effects.double()
+    with policy.applied(effects(batch.embedding, batch.dropped, Text(batch.text))):
         loss(errors(unet)).backward()
 
     theirs = tiny_adapter(unet, trained=True).double()
     two_branch = tiny_unet().double()
     embedding = torch.where(batch.dropped[:, None], torch.zeros(DIM, dtype=torch.float64), batch.embedding)
-    token = theirs.user_token(embedding)[:, None]
+    token = theirs.user_proj(embedding)
     processors = dict(two_branch.attn_processors)
     names = [name for name in processors if "attn2" in name]
     for name, site in zip(names, theirs.sites, strict=True):
@@ -147,7 +148,7 @@ def test_gradients_reach_the_adapter_and_nothing_else() -> None:
     unet = tiny_unet(sdxl=True)
     adapter = tiny_adapter(unet, trained=True)
     batch = replace(pair_batch(sdxl=True), chosen=pair_batch().chosen.requires_grad_())
-    dpo(policy_for(unet, adapter), UserVectors(adapter), batch, beta=10.0).mean().backward()
+    dpo(policy_for(unet, adapter), UserEffects(adapter), batch, beta=10.0).mean().backward()
     assert all(parameter.grad is None for parameter in unet.parameters())
     assert all(bool(parameter.grad.abs().sum() > 0) for parameter in adapter.parameters())
 
@@ -155,10 +156,10 @@ def test_gradients_reach_the_adapter_and_nothing_else() -> None:
 def test_everything_trained_is_float32_under_a_bf16_unet() -> None:
     unet = tiny_unet().to(torch.bfloat16)
     adapter = tiny_adapter(unet, trained=True).to(torch.bfloat16)
-    vectors = UserVectors(adapter)
-    optimizer = torch.optim.AdamW(vectors.parameters(), lr=5e-6)
+    effects = UserEffects(adapter)
+    optimizer = torch.optim.AdamW(effects.parameters(), lr=5e-6)
     before = {name: parameter.clone() for name, parameter in adapter.named_parameters()}
-    dpo(policy_for(unet, adapter), vectors, pair_batch(), beta=10.0).mean().backward()
+    dpo(policy_for(unet, adapter), effects, pair_batch(), beta=10.0).mean().backward()
     optimizer.step()
     for name, parameter in adapter.named_parameters():
         assert parameter.dtype == parameter.grad.dtype == optimizer.state[parameter]["exp_avg"].dtype == torch.float32
@@ -199,7 +200,7 @@ def test_dropped_users_are_the_null_user() -> None:
     adapter = tiny_adapter(tiny_unet(), trained=True)
     standardise(adapter, torch.randn(50, DIM) * 3 + 2)
     embedding = torch.randn(2, DIM)
-    found = UserVectors(adapter)(embedding, torch.tensor([True, False]))
+    found = UserEffects(adapter)(embedding, torch.tensor([True, False]), Text(torch.zeros(2, 5, CONTEXT))).vectors
     expected = adapter.site_vectors(embedding[1:], null="zero_embedding")
     for vector, user, null in zip(found, expected.user, expected.null, strict=True):
         assert torch.allclose(vector[0], null, atol=1e-6)
@@ -237,15 +238,15 @@ def test_a_compiled_unet_gives_the_same_and_is_not_compiled_again() -> None:
 
     unet = tiny_unet()
     adapter = tiny_adapter(unet, trained=True)
-    policy, vectors = policy_for(unet, adapter), UserVectors(adapter)
+    policy, effects = policy_for(unet, adapter), UserEffects(adapter)
     batches = [pair_batch(seed=seed) for seed in (3, 4, 5)]
-    plain = [dpo(policy, vectors, batch) for batch in batches]
+    plain = [dpo(policy, effects, batch) for batch in batches]
     torch._dynamo.reset()
     counter = CompileCounter()
     unet.compile(backend=counter)
-    compiled = [dpo(policy, vectors, batch) for batch in batches[:1]]
+    compiled = [dpo(policy, effects, batch) for batch in batches[:1]]
     graphs = counter.frame_count
-    compiled += [dpo(policy, vectors, batch) for batch in batches[1:]]
+    compiled += [dpo(policy, effects, batch) for batch in batches[1:]]
     torch._dynamo.reset()
     assert graphs == counter.frame_count == 2  # with and without vectors
     for a, b in zip(compiled, plain, strict=True):
@@ -284,10 +285,10 @@ def test_xformers_attention_gives_the_same_loss_and_gradients(
         processors = {type(processor) for processor in unet.attn_processors.values()}
         assert (processors == {attention_processor.XFormersAttnProcessor}) == xformers
         calls.clear()
-        policy, vectors = policy_for(unet, adapter), UserVectors(adapter)
+        policy, effects = policy_for(unet, adapter), UserEffects(adapter)
         batch = pair_batch()
         reference = policy.reference_errors(batch)
-        with policy.errors(vectors, batch) as model:
+        with policy.errors(effects, batch) as model:
             loss = diffusion_dpo_loss(model, reference, BETA).loss
             loss.mean().backward()
         results.append((loss.detach(), [parameter.grad for parameter in adapter.parameters()]))

@@ -15,7 +15,7 @@ from PIL import Image
 from pipelines import write_sd_pipeline, write_sdxl_pipeline
 from torch import Tensor, nn
 
-from comfyui_psa.adapter import AdapterConfig, EncoderSpec, PSAAdapter, SiteVectors, find_sites
+from comfyui_psa.adapter import AdapterConfig, EncoderSpec, PSAAdapter, SiteVectors, UserEffect, find_sites
 from comfyui_psa.training.base import BaseModel, ImageCoder, TextEmbedding, open_base
 from comfyui_psa.training.config import ValidationSection
 from comfyui_psa.training.dpo.grids import draw_grid
@@ -46,13 +46,14 @@ class Scene:
         )
         self.policy = Policy(self.unet, self.base.noise_scheduler(), PSAAdapter(config))
 
-    def user(self, seed: int, null: bool = True) -> SiteVectors:
+    def user(self, seed: int, null: bool = True) -> UserEffect:
         generator = torch.Generator().manual_seed(seed)
         sizes = [site.hidden_size for site in self.sites]
         user = tuple(torch.randn((1, size), generator=generator) for size in sizes)
-        return SiteVectors(user, tuple(torch.randn(size, generator=generator) for size in sizes) if null else None)
+        nulls = tuple(torch.randn(size, generator=generator) for size in sizes) if null else None
+        return UserEffect(SiteVectors(user, nulls), None, None)
 
-    def grid(self, columns: dict[str, SiteVectors | None], captions: tuple[str, ...] = CAPTIONS, **changed: Any) -> Any:
+    def grid(self, columns: dict[str, UserEffect | None], captions: tuple[str, ...] = CAPTIONS, **changed: Any) -> Any:
         options: dict[str, Any] = {"config": SETTINGS, "device": CPU, "seed": 7, "resolution": RESOLUTION}
         return draw_grid(self.base, self.policy, columns, captions, self.texts, **options | changed)
 
@@ -123,8 +124,10 @@ def test_base_column_is_what_diffusers_draws(family: str, request: pytest.Fixtur
 @pytest.mark.parametrize("null", [True, False])
 def test_user_reaches_the_conditional_half_and_the_null_user_the_other(sd: Scene, null: bool) -> None:
     """The reference adds the vectors to what goes into ``to_out`` by itself, in diffusers' pipeline."""
-    user = sd.user(1, null)
-    found = tiles(sd.grid({"user": user}), rows=2, columns=1)
+    effect = sd.user(1, null)
+    user = effect.constant
+    assert user is not None
+    found = tiles(sd.grid({"user": effect}), rows=2, columns=1)
 
     def adding(index: int) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
         def hook(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -148,7 +151,8 @@ def test_user_reaches_the_conditional_half_and_the_null_user_the_other(sd: Scene
 
 
 def test_columns_of_a_row_share_their_noise_and_rows_do_not(sd: Scene) -> None:
-    nobody = SiteVectors(tuple(torch.zeros(1, site.hidden_size) for site in sd.sites), None)
+    zeros = tuple(torch.zeros(1, site.hidden_size) for site in sd.sites)
+    nobody = UserEffect(SiteVectors(zeros, None), None, None)
     grid = tiles(sd.grid({"base": None, "nobody": nobody, "again": None}, (CAPTIONS[0],) * 2), rows=2, columns=3)
     assert same(grid[:, 0], grid[:, 1])
     assert same(grid[:, 0], grid[:, 2])

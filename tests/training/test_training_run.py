@@ -30,6 +30,7 @@ from comfyui_psa.profiles import SafetyEmbedding, levels
 from comfyui_psa.profiles.encoders import AttributesEncoder
 from comfyui_psa.training.comfyui import Prompt
 from comfyui_psa.training.data.users import read_profile
+from comfyui_psa.training.dpo.inputs import Text
 from comfyui_psa.training.synthetic import UNetShape
 
 LN_2 = math.log(2)
@@ -66,14 +67,13 @@ def predictions(run: Run, shape: UNetShape, cfg: float) -> tuple[Tensor, Tensor,
     ours = by_comfyui(apply_psa(model, adapter, SafetyEmbedding(user, AttributesEncoder.identity)))
 
     hidden, extra = (positive if cfg else negative)[0]
-    added = {}
-    if shape.adm_channels:
-        time_ids = torch.tensor([[128.0, 128.0, 0.0, 0.0, 128.0, 128.0]] * 2)  # the size of the image, no crop
-        added = {"added_cond_kwargs": {"text_embeds": extra["pooled_output"].repeat(2, 1), "time_ids": time_ids}}
-    vectors = run.trainer.vectors(user.repeat(2, 1), torch.tensor([cfg == 0, cfg == 0]))
-    with run.trainer.policy.applied(vectors):
+    text = Text(hidden, extra.get("pooled_output")).repeated(2)
+    inputs = run.trainer.effects(user.repeat(2, 1), torch.tensor([cfg == 0, cfg == 0]), text)
+    with run.trainer.policy.applied(inputs):
         scaled = latent / (sigma**2 + 1) ** 0.5
-        theirs = run.trainer.policy.unet(scaled, TIMESTEP, hidden.repeat(2, 1, 1), **added).sample
+        time_ids = torch.tensor([[128.0, 128.0, 0.0, 0.0, 128.0, 128.0]])  # the size of the image, no crop
+        added = inputs.text.added(time_ids, torch.float32)
+        theirs = run.trainer.policy.unet(scaled, TIMESTEP, inputs.text.hidden, **added).sample
     return ours, theirs, by_comfyui(model)
 
 
@@ -91,6 +91,40 @@ def test_the_paper_settings_without_null_user_leave_the_unconditional_half_alone
     assert adapter.config.null == "none"
     assert torch.equal(adapter.embedding_mean, torch.zeros(37))
     assert torch.equal(adapter.embedding_std, torch.ones(37))
+
+
+KINDS = {
+    "text": (("text",), "none"),
+    "gated": (("gated",), "none"),
+    "all": (("constant", "gated", "text"), "zero_embedding"),
+}
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("kinds", KINDS)
+def test_other_kinds_begin_at_the_base_and_end_the_same_in_comfyui(
+    bases: dict[str, Base], split: Path, tmp_path: Path, name: str, kinds: str
+) -> None:
+    chosen, null = KINDS[kinds]
+    settings = {
+        "adapter.kinds": chosen,
+        "adapter.null": null,
+        "adapter.gated": {"num_tokens": 3, "token_dim": 8, "heads": 4, "head_dim": 4},
+        "adapter.text": {"num_tokens": 3, "token_dim": 8, "inner_dim": 8, "heads": 2},
+        "loss.user_dropout": 0.0 if null == "none" else 0.5,
+    }
+    found = train_tiny(bases[name], split, tmp_path / "run", settings)
+    assert metrics(found.config)[0]["loss"] == pytest.approx(LN_2, rel=1e-6)
+    adapter = load_adapter(adapter_file(found.config))
+    assert adapter.config.kinds == chosen
+    assert all(bool(weight.any()) for weight in adapter.zero_at_start())
+    for cfg in (1.0, 0.0):
+        ours, theirs, base = predictions(found, SHAPES[name], cfg)
+        assert difference(ours, theirs) < ROUNDING
+        if cfg == 1.0 or null != "none":
+            assert difference(base, theirs) > 0.001
+        else:
+            assert torch.equal(ours, base)
 
 
 def test_a_stock_server_opens_the_adapter_and_follows_its_users(studio: Studio, split: Path, tmp_path: Path) -> None:
@@ -131,7 +165,7 @@ def test_the_adapter_describes_itself(runs: dict[str, Run], split: Path) -> None
     for name, found in runs.items():
         adapter = load_adapter(adapter_file(found.config))
         config = adapter.config
-        assert (config.kind, config.base, config.num_tokens) == ("constant", "other", 1)
+        assert (config.kinds, config.base, config.num_tokens) == (("constant",), "other", 1)
         assert (config.encoder.kind, config.encoder.name) == ("attributes", "attributes-1")
         assert config.null == "zero_embedding"
         assert config.categories == PAPER_CATEGORIES

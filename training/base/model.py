@@ -67,6 +67,7 @@ class BaseModel:
         unet = _empty_unet(path, source.unet_config)
         self.unet_config: Mapping[str, Any] = dict(unet.config)
         self.is_sdxl = self.unet_config["addition_embed_type"] == "text_time"
+        self.pooled_dim = self._pooled_dim() if self.is_sdxl else None
         self._check_unet()
 
     def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -96,6 +97,11 @@ class BaseModel:
     def fingerprint(self, part: Part) -> str:
         """Return a SHA-256 (hex) of what decides the results of a part: the contents of its files."""
         return self._source.fingerprint(part)
+
+    def _pooled_dim(self) -> int:
+        """The width of the pooled text, which the UNet reads in one vector with the six time ids."""
+        config = self.unet_config
+        return int(config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"])
 
     def _noise_options(self) -> dict[str, Any]:
         config = self._source.scheduler_config

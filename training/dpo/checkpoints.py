@@ -39,6 +39,9 @@ _FIXED = (
     "data.resolution",
     "data.crop",
     "data.flip",
+    "adapter.kinds",
+    "adapter.gated",
+    "adapter.text",
     "adapter.null",
     "adapter.standardise",
     # A checkpoint brings these back, so a changed one would be ignored.

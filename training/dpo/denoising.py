@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from ..errors import TrainingError
+from .inputs import Text
 from .loss import PairErrors
 
 
@@ -43,13 +44,20 @@ class PairBatch:
         return replace(self, **moved)
 
 
-def pair_errors(unet: UNet2DConditionModel, scheduler: DDPMScheduler, batch: PairBatch) -> PairErrors:
-    """Run the UNet once on chosen and rejected images together and return their errors."""
+def pair_errors(
+    unet: UNet2DConditionModel, scheduler: DDPMScheduler, batch: PairBatch, text: Text | None = None
+) -> PairErrors:
+    """Run the UNet once on chosen and rejected images together and return their errors.
+
+    ``text`` is what it reads, for the chosen and then the rejected images; by default the batch's own.
+    """
+    text = text or Text(batch.text, batch.pooled).repeated(2)
     latents = torch.cat((batch.chosen, batch.rejected))
     noise = batch.noise.repeat(2, 1, 1, 1)
     timesteps = batch.timesteps.repeat(2)
     noisy = scheduler.add_noise(latents, noise, timesteps)
-    predicted = unet(noisy.to(unet.dtype), timesteps, batch.text.to(unet.dtype).repeat(2, 1, 1), **_added(unet, batch))
+    added = text.added(batch.time_ids, unet.dtype)
+    predicted = unet(noisy.to(unet.dtype), timesteps, text.hidden.to(unet.dtype), **added)
     target = prediction_target(scheduler, latents, noise, timesteps)
     errors = (predicted.sample.float() - target).square().mean(dim=(1, 2, 3))
     return PairErrors(*errors.chunk(2))
@@ -83,11 +91,3 @@ def error_weights(scheduler: DDPMScheduler, timesteps: Tensor, limit: float) -> 
     kind = scheduler.config.prediction_type
     weights = {"epsilon": (1 - alpha) / alpha, "v_prediction": 1 - alpha, "sample": torch.ones_like(alpha)}
     return weights[kind].clamp(max=limit)
-
-
-def _added(unet: UNet2DConditionModel, batch: PairBatch) -> dict[str, Any]:
-    if batch.pooled is None or batch.time_ids is None:
-        return {}
-    # Time ids stay float32: in bf16 a size of 1365 would be 1368.
-    pooled, time_ids = batch.pooled.to(unet.dtype).repeat(2, 1), batch.time_ids.repeat(2, 1)
-    return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ...adapter import SiteVectors
+from ...adapter import UserEffect
 from ..base import BaseModel, TextEmbedding
 from ..config import ValidationSection
 from ..lettering import font, wrapped
+from .inputs import Text, UserInputs, guided_inputs
 from .policy import Policy
 
 _MARGIN, _GAP, _SIDE, _LINE = 20, 10, 200, 21
@@ -29,7 +28,7 @@ _INK, _PAPER = "#222222", "white"
 def draw_grid(
     base: BaseModel,
     policy: Policy,
-    columns: Mapping[str, SiteVectors | None],
+    columns: Mapping[str, UserEffect | None],
     captions: Sequence[str],
     texts: Mapping[str, TextEmbedding],
     config: ValidationSection,
@@ -42,7 +41,7 @@ def draw_grid(
     Args:
         base: gives the sampler and the VAE; its UNet is the one in ``policy``, which is on ``device``.
         policy: the UNet, with the adapter attached.
-        columns: label to what one user adds (``user[i]`` is ``[1, hidden_i]``), None for the base model itself.
+        columns: label to what one user changes, None for the base model itself.
         captions: the prompts, one row each.
         texts: the embeddings of every caption, and of ``""`` for the unconditional half.
         config: ``grid_steps`` and ``grid_guidance_scale``.
@@ -55,55 +54,37 @@ def draw_grid(
     latents = []
     for caption in captions:
         noise = torch.randn((1, base.latent_channels, size, size), generator=generator).to(device)
-        conditioning = _conditioning(policy, (texts[""], texts[caption]), device, resolution)
-        latents += [_sample(base, policy, user, noise, conditioning, config).cpu() for user in columns.values()]
+        negative, positive = (_text(texts[name], device) for name in ("", caption))
+        for effect in columns.values():
+            inputs = guided_inputs(effect, negative, positive)
+            latents.append(_sample(base, policy, inputs, noise, config, resolution).cpu())
     pictures = _decode(base, latents, device)
     rows = [pictures[start : start + len(columns)] for start in range(0, len(pictures), len(columns))]
     return _sheet(rows, list(columns), captions)
 
 
-def _conditioning(
-    policy: Policy, texts: Sequence[TextEmbedding], device: torch.device, resolution: int
-) -> dict[str, Any]:
-    """What the UNet is told: the unconditional half first, then the conditional one."""
-    dtype = policy.unet.dtype
-    hidden = torch.stack([text.hidden for text in texts]).to(device, dtype)
-    pooled = [text.pooled for text in texts if text.pooled is not None]
-    if not pooled:
-        return {"encoder_hidden_states": hidden}
-    # SDXL: a picture of this size that was never cropped.
-    time_ids = torch.tensor(
-        [[resolution, resolution, 0, 0, resolution, resolution]] * 2, device=device, dtype=torch.float32
-    )
-    added = {"text_embeds": torch.stack(pooled).to(device, dtype), "time_ids": time_ids}
-    return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
+def _text(embedding: TextEmbedding, device: torch.device) -> Text:
+    pooled = None if embedding.pooled is None else embedding.pooled[None].to(device)
+    return Text(embedding.hidden[None].to(device), pooled)
 
 
 def _sample(
-    base: BaseModel,
-    policy: Policy,
-    user: SiteVectors | None,
-    noise: Tensor,
-    conditioning: Mapping[str, Any],
-    config: ValidationSection,
+    base: BaseModel, policy: Policy, inputs: UserInputs, noise: Tensor, config: ValidationSection, resolution: int
 ) -> Tensor:
     """Return latents ``[1, channels, height, width]`` for one prompt and one user."""
     sampler = base.sampler()  # it remembers earlier steps, so each picture has its own
     sampler.set_timesteps(config.grid_steps, device=noise.device)
     latents = noise * sampler.init_noise_sigma
-    with nullcontext() if user is None else policy.applied(_halves(user, noise.device)):
+    # SDXL: a picture of this size that was never cropped.
+    sizes = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], device=noise.device)
+    hidden, added = inputs.text.hidden.to(policy.unet.dtype), inputs.text.added(sizes.float(), policy.unet.dtype)
+    with policy.applied(inputs):
         for timestep in sampler.timesteps:
             scaled = sampler.scale_model_input(latents.repeat(2, 1, 1, 1), timestep).to(policy.unet.dtype)
-            without, with_prompt = policy.unet(scaled, timestep, **conditioning).sample.float().chunk(2)
+            without, with_prompt = policy.unet(scaled, timestep, hidden, **added).sample.float().chunk(2)
             guided = without + config.grid_guidance_scale * (with_prompt - without)
             latents = sampler.step(guided, timestep, latents).prev_sample
     return latents
-
-
-def _halves(user: SiteVectors, device: torch.device) -> list[Tensor]:
-    """``[2, hidden_i]`` per site: the null user's vector, or nothing, and the user's."""
-    null = user.null or [torch.zeros_like(vector[0]) for vector in user.user]
-    return [torch.stack((n, vector[0])).to(device) for n, vector in zip(null, user.user, strict=True)]
 
 
 def _decode(base: BaseModel, latents: Sequence[Tensor], device: torch.device) -> list[Image.Image]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,9 +74,13 @@ def summarise(table: Tensor, timesteps: int) -> dict[str, float]:
 
 @torch.no_grad()
 def adapter_norms(adapter: PSAAdapter) -> dict[str, float]:
-    """Return the norms of the projection and of all user values."""
-    values = sum(_norm(parameter) ** 2 for parameter in adapter.sites.parameters())
-    return {"adapter/projection_norm": _norm(adapter.user_proj.proj.weight), "adapter/values_norm": math.sqrt(values)}
+    """Return the norms of the users' projections and of what starts at zero: the weights that bring the user in."""
+    projections = [weight for name, weight in adapter.named_parameters() if name.endswith("user_proj.proj.weight")]
+    named: dict[str, Sequence[Tensor]] = {
+        "adapter/projection_norm": projections,
+        "adapter/values_norm": adapter.zero_at_start(),
+    }
+    return {name: math.sqrt(sum(_norm(weight) ** 2 for weight in weights)) for name, weights in named.items()}
 
 
 def device_memory(device: torch.device) -> dict[str, float]:

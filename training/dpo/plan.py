@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from ...adapter import AdapterConfig, EncoderSpec, PSAAdapter, find_sites
+from ...adapter import EncoderSpec, PSAAdapter
 from ..base import BaseModel
 from ..config import OptimizerSection, TrainConfig
 from .denoising import PairBatch
 from .loss import PairErrors, diffusion_dpo_loss
 from .policy import DTYPES, Policy
-from .trainable import UserVectors
+from .trainable import UserEffects, new_adapter_config
 
 PAPER_EMBEDDING_DIM = 3584
 _TEXT_TOKENS = 77
@@ -122,7 +122,7 @@ def plan(config: TrainConfig, base: BaseModel, ranks: int, embedding_dim: int | 
     """
     unet = base.empty_unet().type(DTYPES[config.model.dtype])
     dim = embedding_dim or PAPER_EMBEDDING_DIM
-    adapter = _empty_adapter(config, unet, dim)
+    adapter = _empty_adapter(config, base, dim)
     size = _bytes(adapter.parameters())
     activations, recomputed = _activations(config, base, unet, adapter)
     section = config.optimizer
@@ -175,19 +175,10 @@ def _toml_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def _empty_adapter(config: TrainConfig, unet: nn.Module, embedding_dim: int) -> PSAAdapter:
-    sites = find_sites(unet)
-    encoder = config.data.encoder
+def _empty_adapter(config: TrainConfig, base: BaseModel, embedding_dim: int) -> PSAAdapter:
+    encoder = EncoderSpec(kind=config.data.encoder.kind, name=config.data.encoder.name)
     with torch.device("meta"):
-        return PSAAdapter(
-            AdapterConfig(
-                hidden_sizes=tuple(site.hidden_size for site in sites),
-                cross_attention_dim=sites[0].cross_attention_dim,
-                embedding_dim=embedding_dim,
-                null=config.adapter.null,
-                encoder=EncoderSpec(kind=encoder.kind, name=encoder.name),
-            )
-        )
+        return PSAAdapter(new_adapter_config(config.adapter, base, embedding_dim, encoder))
 
 
 def _optimizer_bytes(section: OptimizerSection, adapter: nn.Module) -> int:
@@ -202,14 +193,14 @@ def _activations(
 ) -> tuple[int, int]:
     """Run one training step's forward pass on the meta device; return Memory's ``activations`` and ``recomputed``."""
     policy = Policy(unet, base.noise_scheduler(), adapter)
-    vectors = UserVectors(adapter)
+    effects = UserEffects(adapter)
     batch = _empty_batch(config, base, adapter)
     modules = (unet, adapter)
     kept = _Kept(_storage(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers()))
     if config.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing(kept.checkpoint)
     reference = PairErrors(*torch.empty((2, config.run.batch_size), device="meta"))
-    with _FusedAttention(), kept.hooks(), policy.errors(vectors, batch) as errors:
+    with _FusedAttention(), kept.hooks(), policy.errors(effects, batch) as errors:
         diffusion_dpo_loss(errors, reference, config.loss.beta).loss.mean()
     return kept.bytes, kept.largest_layer
 
@@ -220,11 +211,8 @@ def _empty_batch(config: TrainConfig, base: BaseModel, adapter: PSAAdapter) -> P
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty((n, *shape), dtype=dtype, device="meta")
 
-    pooled = time_ids = None
-    if base.is_sdxl:
-        unet = base.unet_config
-        time_ids = empty(6)
-        pooled = empty(unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"])
+    pooled = None if base.pooled_dim is None else empty(base.pooled_dim)
+    time_ids = None if base.pooled_dim is None else empty(6)
     return PairBatch(
         rows=tuple(range(n)),
         chosen=empty(base.latent_channels, size, size),

@@ -5,7 +5,7 @@ What the reference says of a pair and a noise never changes, so it can be rememb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -17,11 +17,12 @@ from ..config import LossSection, ModelSection
 from ..errors import TrainingError
 from .attachment import Attachment
 from .denoising import PairBatch, error_weights, pair_errors
+from .inputs import Text, UserInputs
 from .loss import DPOLoss, PairErrors, diffusion_dpo_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-Vectors = Callable[[Tensor, Tensor], "tuple[Tensor, ...]"]
+Effects = Callable[[Tensor, Tensor, Text], UserInputs]
 
 
 class Policy:
@@ -41,11 +42,11 @@ class Policy:
         return pair_errors(self.unet, self.scheduler, batch)
 
     @contextmanager
-    def errors(self, vectors: nn.Module | Vectors, batch: PairBatch) -> Iterator[PairErrors]:
+    def errors(self, effects: nn.Module | Effects, batch: PairBatch) -> Iterator[PairErrors]:
         """Yield the errors with each pair's user; the backward pass belongs into the block."""
-        values = vectors(batch.embedding, batch.dropped)
-        with self.applied([value.repeat(2, 1) for value in values]):
-            yield pair_errors(self.unet, self.scheduler, batch)
+        inputs: UserInputs = effects(batch.embedding, batch.dropped, Text(batch.text, batch.pooled)).repeated(2)
+        with self.applied(inputs):
+            yield pair_errors(self.unet, self.scheduler, batch, inputs.text)
 
     def loss(self, model: PairErrors, reference: PairErrors, batch: PairBatch, section: LossSection) -> DPOLoss:
         """Return the loss of each pair as the configuration has it."""
@@ -53,9 +54,9 @@ class Policy:
         return diffusion_dpo_loss(model, reference, section.beta, section.winner_anchor, weights)
 
     @contextmanager
-    def applied(self, vectors: Sequence[Tensor]) -> Iterator[None]:
-        """Let the UNet add ``vectors[i]``, ``[batch, hidden_i]``, at site ``i`` within the block."""
-        with self._attachment.applied(vectors):
+    def applied(self, inputs: UserInputs) -> Iterator[None]:
+        """Let the UNet's layers add what users add, within the block; the text is the caller's to hand over."""
+        with self._attachment.applied(inputs.vectors, inputs.gates):
             yield
 
 

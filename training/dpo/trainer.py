@@ -25,7 +25,7 @@ from .metrics import MetricsFile, PairRecords, Unlogged, adapter_norms, device_m
 from .optimizers import make_optimizer, make_schedule
 from .policy import Policy, RememberedReference
 from .signals import StopSignals
-from .trainable import UserVectors
+from .trainable import UserEffects
 from .validation import Validation
 
 
@@ -57,13 +57,13 @@ class Trainer:
         self._batches = batches
         self._validation = validation
         section = config.optimizer
-        vectors = UserVectors(adapter.to(accelerator.device))
-        optimizer = make_optimizer(vectors.parameters(), section, accelerator.device)
+        effects = UserEffects(adapter.to(accelerator.device))
+        optimizer = make_optimizer(effects.parameters(), section, accelerator.device)
         if (deepspeed := accelerator.state.deepspeed_plugin) is not None:
             # It takes the batch size from a data loader, and there is none; and it clips by itself.
             deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = config.run.batch_size
             deepspeed.deepspeed_config["gradient_clipping"] = section.max_grad_norm
-        self.vectors, self._optimizer = accelerator.prepare(vectors, optimizer)
+        self.effects, self._optimizer = accelerator.prepare(effects, optimizer)
         # Not prepared: accelerate would step it once per rank.
         self._schedule = make_schedule(optimizer, section, config.run.steps)
         self._ema = EMAModel(self._parameters(), decay=section.ema_decay) if section.ema_decay else None
@@ -122,7 +122,7 @@ class Trainer:
     def adapter(self) -> PSAAdapter | None:
         """Return a copy of the adapter as it would be used (the moving average, if there is one); main rank only."""
         with self.averaged():
-            state = self.accelerator.get_state_dict(self.vectors)
+            state = self.accelerator.get_state_dict(self.effects)
             if not self.accelerator.is_main_process:
                 return None
             adapter = PSAAdapter(self.adapter_config)
@@ -158,7 +158,7 @@ class Trainer:
         norm = torch.zeros(())
         for micro in range(self.config.run.accumulation):
             batch = self._batch(micro).to(self.accelerator.device)
-            with self.accelerator.accumulate(self.vectors):
+            with self.accelerator.accumulate(self.effects):
                 tables.append(self._micro_batch(batch))
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self._parameters(), self.config.optimizer.max_grad_norm)
@@ -174,7 +174,7 @@ class Trainer:
 
     def _micro_batch(self, batch: PairBatch) -> Tensor:
         reference = self._reference.errors(batch)
-        with self.policy.errors(self.vectors, batch) as model:
+        with self.policy.errors(self.effects, batch) as model:
             result = self.policy.loss(model, reference, batch, self._loss)
             self.accelerator.backward(result.loss.mean())
         return PairRecords.of(batch, model, reference, result).table()
@@ -217,7 +217,7 @@ class Trainer:
         if not self.config.validation.every:
             return
         with self.averaged():
-            values = self._validation.run(self.policy, self.vectors, self._loss)
+            values = self._validation.run(self.policy, self.effects, self._loss)
         if values:
             self._log(self.progress.step, values)
 
@@ -232,7 +232,7 @@ class Trainer:
         return values
 
     def _adapter_values(self) -> dict[str, float]:
-        adapter = self.accelerator.unwrap_model(self.vectors).adapter
+        adapter = self.accelerator.unwrap_model(self.effects).adapter
         return adapter_norms(adapter) | device_memory(self.accelerator.device)
 
     def _log(self, step: int, values: dict[str, float]) -> None:
@@ -241,7 +241,7 @@ class Trainer:
             self._metrics.write(step, values)
 
     def _parameters(self) -> list[torch.nn.Parameter]:
-        return list(self.vectors.parameters())
+        return list(self.effects.parameters())
 
     @property
     def _loss(self) -> LossSection:

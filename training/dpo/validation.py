@@ -26,10 +26,10 @@ class Validation:
     batch_size: int
 
     @torch.no_grad()
-    def run(self, policy: Policy, vectors: nn.Module, loss: LossSection) -> dict[str, float]:
+    def run(self, policy: Policy, effects: nn.Module, loss: LossSection) -> dict[str, float]:
         """Return loss, implicit accuracy, margin and errors of each split, as ``seen/loss`` and so on."""
         timesteps = int(policy.scheduler.config.num_train_timesteps)
-        model = self.accelerator.unwrap_model(vectors)
+        model = self.accelerator.unwrap_model(effects)
         values: dict[str, float] = {}
         for name, batches in self.splits.items():
             table = self._table(policy, model, batches, loss, timesteps)

@@ -13,7 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from ...adapter import EncoderSpec, PSAAdapter, SiteVectors, load_adapter
+from ...adapter import EncoderSpec, PSAAdapter, UserEffect, load_adapter
 from ...profiles import CATEGORIES, Profile
 from ...profiles.encoders import Encoder
 from ..data.users import encoder_of
@@ -67,6 +67,7 @@ class Studio:
 
         ``language_models`` are folders of those that adapters name.
         """
+        self._device = device
         self._painter = Painter(base, device)
         self._detector: Detector = load_detector(detector)
         self._language_models = tuple(language_models)
@@ -81,18 +82,18 @@ class Studio:
             [case.caption for case in cases],
             noise(cases),
             negative=_negative(cases) if method.negative_prompt else None,
-            people=self._vectors(method, cases),
+            people=self._effect(method, cases),
         )
         return [Outcome(case, sighting) for case, sighting in zip(cases, self._detector.see(images), strict=True)]
 
-    def _vectors(self, method: Method, cases: Sequence[Case]) -> SiteVectors | None:
+    def _effect(self, method: Method, cases: Sequence[Case]) -> UserEffect | None:
         if method.adapter is None:
             return None
         if method.adapter not in self._adapters:
-            self._adapters[method.adapter] = load_adapter(method.adapter)
+            self._adapters[method.adapter] = load_adapter(method.adapter).to(self._device)
         adapter = self._adapters[method.adapter]
         people = [method.everyone or case.person for case in cases]
-        return adapter.site_vectors(torch.stack([self._embedding(adapter, person) for person in people]))
+        return adapter.effect(torch.stack([self._embedding(adapter, person) for person in people]))
 
     def _embedding(self, adapter: PSAAdapter, person: Profile) -> Tensor:
         spec = adapter.config.encoder

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import PIL.Image
 import torch
 from torch import Tensor
 
-from ...adapter import SiteVectors, find_sites
+from ...adapter import UserEffect, find_sites
 from ..base import open_base
 from ..dpo.attachment import Attachment
+from ..dpo.inputs import Text, guided_inputs
 from .pixels import to_images, to_pixels
 
 STEPS = 10
@@ -54,7 +54,7 @@ class Painter:
         prompts: Sequence[str],
         noise: Tensor,
         negative: Sequence[str] | None = None,
-        people: SiteVectors | None = None,
+        people: UserEffect | None = None,
         steps: int = STEPS,
     ) -> list[PIL.Image.Image]:
         """Return one picture for each prompt.
@@ -63,18 +63,18 @@ class Painter:
             prompts: one for each picture.
             noise: the initial noise, ``[pictures, channels, 12, 12]``.
             negative: negative prompts; by default empty ones.
-            people: what each picture's person adds, ``user[i]`` as ``[pictures, hidden_i]``; None for the base.
+            people: what the pictures' persons change, one each, on the painter's device; None for the base.
             steps: of DPM-Solver++ (2M), with classifier-free guidance of 3.
         """
-        text = torch.cat((self._encode(negative or [""] * len(prompts)), self._encode(prompts))).to(self._device)
+        texts = (Text(self._encode(names).to(self._device)) for names in (negative or [""] * len(prompts), prompts))
+        inputs = guided_inputs(people, *texts)
         sampler = self.base.sampler()
         sampler.set_timesteps(steps)
         latents = noise.to(self._device) * sampler.init_noise_sigma
-        halves = None if people is None else [vectors.to(self._device) for vectors in _halves(people)]
-        with nullcontext() if halves is None else self._attachment.applied(halves):
+        with self._attachment.applied(inputs.vectors, inputs.gates):
             for timestep in sampler.timesteps:
                 scaled = sampler.scale_model_input(latents.repeat(2, 1, 1, 1), timestep)
-                without, with_prompt = self._unet(scaled, timestep, text).sample.chunk(2)
+                without, with_prompt = self._unet(scaled, timestep, inputs.text.hidden).sample.chunk(2)
                 guided = without + GUIDANCE_SCALE * (with_prompt - without)
                 latents = sampler.step(guided, timestep, latents)[0]
         return to_images(self._coder.decode(latents))
@@ -84,9 +84,3 @@ class Painter:
         for prompt, embedding in zip(unknown, self._text.encode(unknown), strict=True):
             self._known[prompt] = embedding.hidden
         return torch.stack([self._known[prompt] for prompt in prompts])
-
-
-def _halves(people: SiteVectors) -> list[Tensor]:
-    """Return ``[2 * pictures, hidden_i]`` per site: the null user, or nothing, and then the people."""
-    null = people.null or tuple(torch.zeros(vector.shape[1]) for vector in people.user)
-    return [torch.cat((n.expand_as(user), user)) for n, user in zip(null, people.user, strict=True)]

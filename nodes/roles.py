@@ -1,0 +1,46 @@
+"""Which parts of a batch are the user's: the conditional ones.
+
+``cond_or_uncond`` holds positions in whatever list a guider passes, and guiders differ. So the guider's own names
+("positive", "negative", ...) are written into the conditionings when a run begins, and read back with every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Options = dict[str, Any]
+Roles = tuple[bool, ...]
+
+COUPLE_KEY = "cond_or_uncond_couple"  # left by Attention Couple, which repeats conditional chunks
+
+# How guiders name the conditionings that are no prompt of the user's ("negative", "empty_negative_prompt").
+_UNCONDITIONAL_NAMES = ("negative", "uncond", "empty")
+_ROLE_KEY = "psa_role"
+
+
+def name_roles(conds: Mapping[str, Sequence[Options]]) -> None:
+    """Write the names that a guider gives its conditionings into them."""
+    for name, entries in conds.items():
+        for cond in entries:
+            cond[_ROLE_KEY] = name
+
+
+def roles_of(conds: Sequence[Sequence[Options] | None]) -> Roles:
+    """Return for each conditioning of a call whether it is the user's.
+
+    Its first entry counts: ComfyUI appends copies of other conditionings' areas behind it. Conditionings
+    without a name (made outside of a guider) go by ComfyUI's custom that the first is the positive one.
+    """
+    names = [cond[0].get(_ROLE_KEY) if cond else None for cond in conds]
+    return tuple(is_users(name, i) for i, name in enumerate(names))
+
+
+def is_users(name: str | None, position: int) -> bool:
+    """Return whether a conditioning with this name, or at this position if it has none, is the user's."""
+    return position == 0 if name is None else not any(word in name for word in _UNCONDITIONAL_NAMES)
+
+
+def chunks_of_user(chunks: Sequence[int], roles: Roles | None) -> Roles:
+    """Return for each chunk of ``cond_or_uncond`` whether it is the user's."""
+    return tuple(chunk == 0 if roles is None else roles[chunk] for chunk in chunks)

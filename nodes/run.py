@@ -1,0 +1,240 @@
+"""One sampling run with PSA: what each layer adds, projected by the model as it is now, and what came of it.
+
+A patch never changes; runs and calls have objects of their own, which travel in ``transformer_options``. Calls may
+come from several threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import AdapterError, BlockKey, SiteGate
+from .roles import COUPLE_KEY, Options, Roles, chunks_of_user
+from .text_side import TextSide
+
+if TYPE_CHECKING:
+    from .patch import UserPatch
+
+# Values are scaled up to this size (by a power of two, so exactly) while a layer projects them: then its
+# bias, which cancels out, costs no precision in half floats.
+_PROJECTION_PEAK = 64.0
+
+logger = logging.getLogger(__name__)
+
+
+class Layers(NamedTuple):
+    """What each site adds for one make-up of a batch.
+
+    ``constant[i]`` is ``[batch, 1, hidden]``. ``gates[i]`` are those of the user's pictures alone, ``places`` says
+    which these are in the batch (None: all). What the adapter lacks is empty.
+    """
+
+    constant: tuple[Tensor, ...]
+    gates: tuple[SiteGate, ...]
+    places: Tensor | None
+
+
+@dataclass(eq=False)
+class Table:
+    """Behind ``to_out``, with the strength: per user and null what each layer adds, and what was cut from it.
+
+    ``constant`` is ``[users + 1, sum of hidden sizes]``.
+    """
+
+    constant: Tensor | None
+    gates: tuple[SiteGate, ...]
+    layers: dict[tuple[Roles, int], Layers] = field(default_factory=dict)
+
+
+@dataclass
+class Call:
+    """One call of the model; ``table`` is None if this step lies outside of the range or no layer is changed."""
+
+    run: Run
+    batch: int
+    roles: Roles | None
+    chunks: tuple[int, ...]
+    active: bool = False
+    text: Tensor | None = None
+    table: Table | None = None
+    reached: set[int] = field(default_factory=set)
+
+    def layer(self, n: Tensor, extra_options: Options) -> tuple[int, Layers]:
+        """Return the number of the site that is running, and what the layers add for the batch that ``n`` has."""
+        block = extra_options["block"]
+        site = self.run.patch.index[BlockKey(block[0], block[1], extra_options["block_index"])]
+        self.reached.add(site)
+        assert self.table is not None
+        return site, self.run.layers_for(self.table, self.of_user(n, extra_options), n.shape[0])
+
+    def of_user(self, n: Tensor, extra_options: Options) -> Roles:
+        """Return for each chunk of the batch that ``n`` has whether it is the user's."""
+        if n.shape[0] == self.batch:
+            return chunks_of_user(self.chunks, self.roles)
+        chunks = extra_options.get(COUPLE_KEY)
+        if chunks is None:
+            raise AdapterError(
+                f"Another node changed the batch inside the attention from {self.batch} to {n.shape[0]}, and PSA "
+                "cannot tell which image belongs to whom. Remove that node."
+            )
+        return chunks_of_user(chunks, self.roles)
+
+
+class Run:
+    """One sampling run: what the layers add, and the prompts as their users have them."""
+
+    def __init__(self, patch: UserPatch) -> None:
+        """Begin a run; the projection waits for the first call, which knows device and precision."""
+        self.patch = patch
+        self.text = TextSide(patch.text, patch.strength) if patch.text else None
+        self._lock = threading.Lock()
+        self._tables: dict[tuple[torch.device, torch.dtype], Table] = {}
+        self._calls = 0
+        self._active_calls = 0
+        self._reached: set[int] = set()
+
+    @torch.no_grad()
+    def prepare(self, model: Any, x: Tensor, sigma: Tensor, options: Options, roles: Roles | None) -> Call:
+        """Return the call of ``model`` (ComfyUI's BaseModel) on ``x``, ``[batch, ...]``."""
+        chunks = tuple(options.get("cond_or_uncond") or [0])
+        call = Call(self, x.shape[0], roles, chunks)
+        if not self.is_active(model, sigma):
+            return call
+        images = options["sigmas"].shape[0] if "sigmas" in options else x.shape[0] // len(chunks)
+        if len(chunks) > 1 and x.shape[0] != len(chunks) * images:
+            raise AdapterError(
+                f"Another node put {x.shape[0]} pictures into one call where {len(chunks)} times {images} were "
+                "expected (tiles?), and PSA cannot tell which belongs to whom. Remove that node, or let it work on "
+                "one tile at a time."
+            )
+        call.active = True
+        self.row_numbers(chunks_of_user(chunks, roles), x.shape[0])
+        if self.patch.acts_on_layers:
+            call.table = self._table(model, x.device)
+        return call
+
+    def note(self, call: Call) -> None:
+        """Take down what a finished call has used."""
+        with self._lock:
+            self._calls += 1
+            self._active_calls += call.active
+            self._reached |= call.reached
+
+    def check(self) -> None:
+        """Raise AdapterError if the run is over and its pictures were not, or not everywhere, made with PSA."""
+        sites = len(self.patch.sites) if self.patch.acts_on_layers else 0
+        if not self._calls or (self._active_calls and len(self._reached) < sites):
+            raise left_out(f" ({len(self._reached)} of {sites} layers were reached)" if sites else "")
+        if not self._active_calls:
+            logger.warning(
+                "PSA: no step of this run lies between start_percent %g and end_percent %g; PSA did not act.",
+                self.patch.start_percent,
+                self.patch.end_percent,
+            )
+
+    def is_active(self, model: Any, sigma: Tensor) -> bool:
+        """Return whether a step at this noise lies in the patch's range."""
+        patch = self.patch
+        if patch.start_percent <= 0 and patch.end_percent >= 1:
+            return True
+        to_sigma = model.model_sampling.percent_to_sigma
+        begin = float(to_sigma(patch.start_percent))
+        end = float(to_sigma(patch.end_percent)) if patch.end_percent < 1 else -math.inf
+        # Half open, so that ranges which follow each other share no step.
+        return begin >= float(sigma.max()) > end
+
+    def layers_for(self, table: Table, of_user: Roles, batch: int) -> Layers:
+        """Return what each site adds in a batch of equal chunks, each the user's or not."""
+        key = (of_user, batch)
+        with self._lock:
+            if key not in table.layers:
+                table.layers[key] = self._cut(table, of_user, batch)
+            return table.layers[key]
+
+    def row_numbers(self, of_user: Roles, batch: int) -> list[int]:
+        """Return whose row each picture of a batch has: a user's number, or the number of users for nobody.
+
+        Raises:
+            AdapterError: there are neither as many users as pictures in a chunk, nor one.
+        """
+        users = self.patch.users
+        images, rest = divmod(batch, len(of_user))
+        if rest or users not in (1, images):
+            raise AdapterError(
+                f"Apply PSA got {users} user embeddings for {images} images. Use one embedding for all images, or "
+                "set the batch size of the latent to the number of embeddings."
+            )
+        own = list(range(users)) if users == images else [0] * images
+        return [row for user in of_user for row in (own if user else [users] * images)]
+
+    def _cut(self, table: Table, of_user: Roles, batch: int) -> Layers:
+        numbers = self.row_numbers(of_user, batch)
+        constant: tuple[Tensor, ...] = ()
+        if table.constant is not None:
+            index = torch.tensor(numbers, device=table.constant.device)
+            sizes = [row.shape[1] for row in self.patch.rows]
+            constant = torch.split(table.constant[index][:, None], sizes, dim=2)
+        gates, places = table.gates, None
+        if gates:
+            device = gates[0].scores.device
+            mine = [place for place, row in enumerate(numbers) if row < self.patch.users]
+            places = None if len(mine) == batch else torch.tensor(mine, device=device)
+            # One user's matrices need no batch of their own.
+            rows = 0 if self.patch.users == 1 else torch.tensor([numbers[place] for place in mine], device=device)
+            gates = tuple(SiteGate(gate.scores[rows], gate.values[rows], gate.sink) for gate in gates)
+        return Layers(constant, gates, places)
+
+    def _table(self, model: Any, device: torch.device) -> Table:
+        dtype = model.manual_cast_dtype or model.get_dtype()
+        patcher = getattr(model, "current_patcher", None)
+        with self._lock:
+            if patcher is not None and patcher.current_hooks is not None:
+                # Hooks change the weights between calls of one run, so their projections serve one call only.
+                self._tables.clear()
+                return self._project(model.diffusion_model, dtype, device)
+            key = (device, dtype)
+            if key not in self._tables:
+                self._tables[key] = self._project(model.diffusion_model, dtype, device)
+            return self._tables[key]
+
+    def _project(self, unet: nn.Module, dtype: torch.dtype, device: torch.device) -> Table:
+        """Send all rows of a layer through its ``to_out`` at once: what a layer does to its weights is slow."""
+        patch, columns, gates = self.patch, [], []
+        for i, site in enumerate(patch.sites):
+            constant = patch.rows[i] if patch.rows else patch.gates[i].values.new_zeros(0, site.hidden_size)
+            gated = patch.gates[i].values.flatten(0, 1) if patch.gates else constant[:0]
+            to_out = unet.get_submodule(f"{site.path}.to_out")
+            out = _through(to_out, torch.cat((constant, gated)), dtype, device) * patch.strength
+            columns.append(out[: len(constant)])
+            if patch.gates:
+                gate = patch.gates[i]
+                values = out[len(constant) :].reshape(*gate.values.shape[:2], -1)
+                gates.append(SiteGate(gate.scores.to(device), values, gate.sink.to(device)).to(dtype))
+        return Table(torch.cat(columns, dim=1).to(dtype) if patch.rows else None, tuple(gates))
+
+
+def left_out(detail: str = "") -> AdapterError:
+    """Return the error of a call that would have made a picture without PSA."""
+    return AdapterError(
+        f"Another node calls the model in a way that leaves PSA out{detail}, so the picture would not be protected. "
+        "Remove that node, or place Apply PSA behind it, right before the sampler."
+    )
+
+
+def _through(to_out: nn.Module, rows: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return ``to_out(rows) - to_out(0)`` in float32, ``[rows, hidden]``, computed by the layer in ``dtype``.
+
+    ``rows`` are in main memory, so that their size is known without waiting for the device.
+    """
+    peak = float(rows.abs().max())
+    scale = 2.0 ** math.floor(math.log2(_PROJECTION_PEAK / peak)) if peak > 0 else 1.0
+    scaled = torch.cat([rows * scale, torch.zeros_like(rows[:1])]).to(device, dtype)
+    out = to_out(scaled[:, None])[:, 0].float()
+    return (out[:-1] - out[-1:]) / scale

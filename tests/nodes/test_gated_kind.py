@@ -1,0 +1,112 @@
+"""The gated kind on a ComfyUI model against true user attention with keys, values and sink on a diffusers UNet."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_testing import ROUNDING, TIMESTEP, TINY, comfy_model, conditioning, denoise, difference, noise, sigma_at
+from diffusers_testing import diffusers_unet
+from kinds_by_hand import EMBEDDING_DIM, GATED, kinds_adapter, with_gated_users
+from neighbours import like_attention_couple, like_ip_adapter
+from torch import Tensor
+
+from comfyui_psa.adapter import PSAAdapter, find_sites
+from comfyui_psa.nodes.apply import apply_psa
+from comfyui_psa.profiles import SafetyEmbedding
+
+POSITIVE, NEGATIVE = conditioning(TINY, 1), conditioning(TINY, 2)
+LATENT = noise(2, 4, 8, 8)
+CFG = 4.0
+
+
+@pytest.fixture(scope="module")
+def adapter(model: ModelPatcher) -> PSAAdapter:
+    sizes = tuple(site.hidden_size for site in find_sites(model.model.diffusion_model))
+    return kinds_adapter(sizes, TINY.context_dim, gated=GATED)
+
+
+def users(*numbers: int) -> SafetyEmbedding:
+    return SafetyEmbedding(
+        torch.stack([torch.randn(EMBEDDING_DIM, generator=torch.Generator().manual_seed(n)) for n in numbers])
+    )
+
+
+def run(patcher: ModelPatcher, cfg: float = CFG, latent: Tensor = LATENT) -> Tensor:
+    return denoise(patcher, POSITIVE, NEGATIVE, latent, cfg)
+
+
+@pytest.mark.parametrize("numbers", [(0,), (0, 1)], ids=["one user", "a user each"])
+def test_it_is_user_attention_with_a_sink(
+    model: ModelPatcher, weights: dict[str, Tensor], adapter: PSAAdapter, numbers: tuple[int, ...]
+) -> None:
+    each = users(*(numbers if len(numbers) == 2 else numbers * 2)).vectors
+    unet = with_gated_users(diffusers_unet(model, TINY, weights), adapter, list(each))
+    sigma = sigma_at(model)
+    with torch.no_grad():
+        eps = unet(LATENT / (sigma**2 + 1) ** 0.5, TIMESTEP, POSITIVE[0][0].expand(2, -1, -1)).sample
+    ours = run(apply_psa(model, adapter, users(*numbers)), cfg=1.0)
+    assert difference(ours, LATENT - sigma * eps) < ROUNDING
+    assert difference(ours, run(model, cfg=1.0)) > 0.01
+
+
+def test_the_unconditional_half_stays_the_base(model: ModelPatcher, adapter: PSAAdapter) -> None:
+    assert torch.equal(run(apply_psa(model, adapter, users(0)), cfg=0.0), run(model, cfg=0.0))
+    conditional = run(apply_psa(model, adapter, users(0)), cfg=1.0)
+    unconditional = run(model, cfg=0.0)
+    expected = unconditional + CFG * (conditional - unconditional)
+    assert difference(run(apply_psa(model, adapter, users(0))), expected) < ROUNDING
+
+
+def test_strength_scales_it_and_zero_is_exactly_the_base(model: ModelPatcher, adapter: PSAAdapter) -> None:
+    assert torch.equal(run(apply_psa(model, adapter, users(0), 0.0)), run(model))
+    weak, full = (run(apply_psa(model, adapter, users(0), strength)) for strength in (1e-4, 1.0))
+    assert 0 < difference(weak, run(model)) < 0.01 < difference(full, run(model))
+
+
+def test_each_image_of_a_batch_has_its_own_user(model: ModelPatcher, adapter: PSAAdapter) -> None:
+    together = run(apply_psa(model, adapter, users(0, 1)))
+    for i in (0, 1):
+        alone = run(apply_psa(model, adapter, users(i)), latent=LATENT[i : i + 1])
+        assert difference(together[i : i + 1], alone) < ROUNDING
+
+
+@pytest.mark.parametrize("name", ["ip_adapter", "attention_couple"])
+def test_it_composes_in_any_order(model: ModelPatcher, adapter: PSAAdapter, paths: list[str], name: str) -> None:
+    neighbour = partial(like_ip_adapter, paths=paths) if name == "ip_adapter" else like_attention_couple
+    before, after = (
+        run(neighbour(apply_psa(model, adapter, users(0)))),
+        run(apply_psa(neighbour(model), adapter, users(0))),
+    )
+    assert difference(before, after) < ROUNDING
+    assert difference(before, run(neighbour(model))) > 0.01
+    assert difference(before, run(apply_psa(model, adapter, users(0)))) > 0.01
+
+
+def test_all_kinds_together_add_up_with_a_neighbour_kind(model: ModelPatcher, adapter: PSAAdapter) -> None:
+    sizes = adapter.config.hidden_sizes
+    both = kinds_adapter(sizes, TINY.context_dim, constant=True, gated=GATED)
+    halves = [
+        kinds_adapter(sizes, TINY.context_dim, constant=True),
+        kinds_adapter(sizes, TINY.context_dim, gated=GATED),
+    ]
+    for half in halves:
+        own = {name: value for name, value in both.state_dict().items() if name in half.state_dict()}
+        half.load_state_dict(own)
+    ours = run(apply_psa(model, both, users(0)))
+    chained = run(apply_psa(apply_psa(model, halves[0], users(0)), halves[1], users(0)))
+    assert difference(ours, chained) < ROUNDING
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_loses_no_more_than_the_model_itself(
+    weights: dict[str, Tensor], adapter: PSAAdapter, dtype: torch.dtype
+) -> None:
+    half = comfy_model({name: weight.to(dtype) for name, weight in weights.items()}, dtype)
+    rounded = comfy_model({name: weight.to(dtype).float() for name, weight in weights.items()})
+    base = difference(run(half, 1.0), run(rounded, 1.0))
+    assert difference(run(apply_psa(half, adapter, users(0)), 1.0), run(apply_psa(rounded, adapter, users(0)), 1.0)) < (
+        3 * base
+    )
