@@ -21,7 +21,7 @@ def main(config: Path, folder: Path) -> None:
 
     def look(trainer: Trainer, report: StepReport | None) -> None:
         digest = hashlib.sha256()
-        for name, tensor in sorted(trainer.accelerator.unwrap_model(trainer.vectors).state_dict().items()):
+        for name, tensor in sorted(trainer.accelerator.unwrap_model(trainer.effects).state_dict().items()):
             digest.update(name.encode() + tensor.numpy().tobytes())
         accelerator = trainer.accelerator
         assert accelerator.num_processes == 2
