@@ -3,7 +3,7 @@
 Knows nothing of ComfyUI, diffusers or language models.
 """
 
-from .adapter import PSAAdapter, UserEffect, UserText
+from .adapter import PSAAdapter, UserEffect
 from .config import PAPER_CATEGORIES, AdapterConfig, EncoderSpec, GatedSpec, Kind, NullMode, TextSpec
 from .constant import SiteVectors
 from .errors import AdapterError
@@ -12,6 +12,7 @@ from .files import SUFFIXES, load_adapter, save_adapter
 from .gated import SiteGate
 from .release import TEMPLATE_NAME
 from .sites import WORKS_WITH, BlockKey, Site, find_sites
+from .text import UserText
 
 __all__ = [
     "FAMILIES",

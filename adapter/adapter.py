@@ -14,35 +14,8 @@ from .errors import AdapterError
 from .families import describe
 from .gated import GatedUserAttention, SiteGate
 from .sites import Site
-from .text import TextAdapter, UserTextAttention, UserTextMLP
+from .text import TextAdapter, UserText, UserTextAttention, UserTextMLP
 from .user import UserProjection
-
-
-class UserText(NamedTuple):
-    """What users make of prompts: a function of their text, the same for both runtimes.
-
-    ``embedding`` is standardised, ``[users, embedding_dim]``.
-    """
-
-    adapter: TextAdapter
-    embedding: Tensor
-
-    def __call__(self, text: Tensor, pooled: Tensor | None, strength: float = 1.0) -> tuple[Tensor, Tensor | None]:
-        """Return the users' versions of prompts.
-
-        Args:
-            text: ``[prompts, tokens, text_dim]``; one prompt for all users, one user for all prompts, or one each.
-            pooled: ``[prompts, pooled_dim]``, or None.
-            strength: 0 gives the text as it is.
-        """
-        rows = max(text.shape[0], self.embedding.shape[0])
-        text = text.expand(rows, -1, -1)
-        pooled = None if pooled is None else pooled.expand(rows, -1)
-        floats = None if pooled is None else pooled.float()
-        residual, pooled_residual = self.adapter(text.float(), floats, self.embedding.expand(rows, -1))
-        if pooled is not None and pooled_residual is not None:
-            pooled = (pooled.float() + strength * pooled_residual).to(pooled.dtype)
-        return (text.float() + strength * residual).to(text.dtype), pooled
 
 
 class UserEffect(NamedTuple):
@@ -95,12 +68,8 @@ class PSAAdapter(nn.Module):
         return UserEffect(
             constant=self._vectors(standardised, null or config.null) if config.constant else None,
             gated=self._gates(standardised) if config.gated else None,
-            text=UserText(self.text, standardised) if config.text else None,
+            text=self.text(standardised) if config.text else None,
         )
-
-    def site_vectors(self, embedding: Tensor, null: NullMode | None = None) -> SiteVectors:
-        """Return what the constant kind adds, see ``effect``; the adapter has to be of it."""
-        return self._vectors(self.standardised(embedding), null or self.config.null)
 
     def zero_at_start(self) -> list[Tensor]:
         """Return the weights that are zero before training: while they all are, the adapter changes nothing."""

@@ -52,11 +52,12 @@ class GatedSpec(_Spec):
 class TextSpec(_Spec):
     """The sizes of the text side: see ``adapter/text.py`` for its two forms.
 
-    ``pooled_dim`` is the width of the pooled text vector where the base reads one (SDXL), else None.
+    The form "mlp" has no heads, and one user token. ``pooled_dim`` is the width of the pooled text vector where the
+    base reads one (SDXL), else None.
     """
 
     form: Literal["attention", "mlp"] = "attention"
-    num_tokens: PositiveInt = 8
+    num_tokens: PositiveInt = Field(default_factory=lambda known: 1 if known.get("form") == "mlp" else 8)
     token_dim: PositiveInt = 256
     inner_dim: PositiveInt = 256
     heads: PositiveInt = 4
@@ -66,7 +67,7 @@ class TextSpec(_Spec):
     def _sizes_fit(self) -> TextSpec:
         if self.form == "mlp" and self.num_tokens != 1:
             raise ValueError(f'the form "mlp" takes one user token, and num_tokens is {self.num_tokens}')
-        if self.inner_dim % self.heads:
+        if self.form == "attention" and self.inner_dim % self.heads:
             raise ValueError(f"inner_dim {self.inner_dim} is no multiple of heads {self.heads}")
         return self
 
@@ -157,4 +158,6 @@ class AdapterConfig(BaseModel):
 
     def describe_base(self) -> str:
         """Return the base in words, for messages."""
+        if not self.hidden_sizes:
+            return f"models that read text of width {self.cross_attention_dim}"
         return describe(self.hidden_sizes, self.cross_attention_dim)

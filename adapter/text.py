@@ -12,11 +12,14 @@ Nothing here knows of attention layers or of a UNet: any model that reads text c
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import TextSpec
+from .errors import AdapterError
 from .user import UserProjection
 
 
@@ -71,23 +74,66 @@ class TextAdapter(nn.Module):
     def __init__(self, spec: TextSpec, text_dim: int, embedding_dim: int) -> None:
         """Make one for text of width ``text_dim``, and for pooled vectors if ``spec`` has their width."""
         super().__init__()
+        self.text_dim = text_dim
         self.pooled_dim = spec.pooled_dim
         self.user_proj = UserProjection(embedding_dim, spec.token_dim, spec.num_tokens)
         self.tokens = _FORMS[spec.form](text_dim, spec)
         self.pooled = _FORMS[spec.form](spec.pooled_dim, spec) if spec.pooled_dim else None
 
-    def forward(self, text: Tensor, pooled: Tensor | None, embedding: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the residuals of a prompt for each user.
+    def forward(self, embedding: Tensor) -> UserText:
+        """Return what users, ``[users, embedding_dim]`` and standardised, make of prompts."""
+        return UserText(self, self.user_proj(embedding))
 
-        Args:
-            text: ``[users, tokens, text_dim]``, float32.
-            pooled: ``[users, pooled_dim]``; None, or an adapter without a part for it, gives None.
-            embedding: standardised user embeddings, ``[users, embedding_dim]``.
+
+class UserText(NamedTuple):
+    """What users make of prompts: functions of their text, the same for both runtimes.
+
+    Both take one prompt for all users, one user for all prompts, or one each, in any precision; they compute in
+    float32. ``strength`` 0 gives the text as it is. ``user`` are the users' tokens, ``[users, T, token_dim]``.
+    """
+
+    adapter: TextAdapter
+    user: Tensor
+
+    @property
+    def text_dim(self) -> int:
+        """The width of the text that the adapter changes."""
+        return self.adapter.text_dim
+
+    @property
+    def pooled_dim(self) -> int | None:
+        """The width of the pooled text vector that the adapter changes; None if it changes none."""
+        return self.adapter.pooled_dim
+
+    def tokens(self, text: Tensor, strength: float = 1.0) -> Tensor:
+        """Return the users' versions of prompts ``[prompts, tokens, text_dim]``.
+
+        Raises:
+            AdapterError: there are neither as many users as prompts, nor one of either.
         """
-        user = self.user_proj(embedding)
-        if self.pooled is None or pooled is None:
-            return self.tokens(text, user), None
-        return self.tokens(text, user), self.pooled(pooled[:, None], user)[:, 0]
+        return self._changed(self.adapter.tokens, text, strength)
+
+    def pooled(self, pooled: Tensor, strength: float = 1.0) -> Tensor:
+        """Return the users' versions of pooled vectors ``[prompts, pooled_dim]``; an adapter without a part for them
+        gives them back.
+
+        Raises:
+            AdapterError: as ``tokens`` does.
+        """
+        if self.adapter.pooled is None:
+            return pooled
+        return self._changed(self.adapter.pooled, pooled[:, None], strength)[:, 0]
+
+    def _changed(self, residual: nn.Module, text: Tensor, strength: float) -> Tensor:
+        prompts, users = text.shape[0], self.user.shape[0]
+        if prompts != users and 1 not in (prompts, users):
+            raise AdapterError(
+                f"Apply PSA got {users} user embeddings for {prompts} prompts in one conditioning. Use one embedding, "
+                "one prompt, or as many of both."
+            )
+        rows = max(prompts, users)
+        given, user = text.expand(rows, -1, -1).float(), self.user.expand(rows, -1, -1)
+        return (given + strength * residual(given, user)).to(text.dtype)
 
 
 def weights_beside_sink(scores: Tensor, sink: Tensor) -> Tensor:

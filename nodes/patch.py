@@ -24,8 +24,11 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from ..adapter import Site, UserEffect
-from .roles import COUPLE_KEY, Options, chunks_of_user, name_roles, roles_of
+from .roles import Options, chunks_of_user, name_roles, roles_of
 from .run import Call, Run, left_out
+
+_CHANGED_KEY = "psa_changed"  # what patches have changed in a call's conditionings
+_Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 class UserPatch:
@@ -54,10 +57,11 @@ class UserPatch:
         self.rows = () if effect.constant is None else effect.constant.rows()
         self.gates = effect.gated or ()
         self.text = effect.text
-        self._key = f"psa_{uuid.uuid4().hex}"
-        self._run_key = f"{self._key}_run"
-        self._roles_key = f"{self._key}_roles"
-        self._input_key = f"{self._key}_input"
+        self.key = f"psa_{uuid.uuid4().hex}"
+        self._run_key = f"{self.key}_run"
+        self._roles_key = f"{self.key}_roles"
+        self._input_key = f"{self.key}_input"
+        self._context_key = f"{self.key}_context"
 
     def __deepcopy__(self, memo: dict[int, object]) -> UserPatch:
         """Return itself: ComfyUI copies patches with every clone of a model."""
@@ -72,9 +76,9 @@ class UserPatch:
         """Return a clone of ``model`` with this patch; with strength 0, one without it."""
         clone = model.clone()
         if self.strength != 0:
-            clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, self._key, self.wrap_run)
-            clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, self._key, self.wrap_conds)
-            clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, self._key, self.wrap_call)
+            clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, self.key, self.wrap_run)
+            clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, self.key, self.wrap_conds)
+            clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, self.key, self.wrap_call)
             clone.set_model_attn2_output_patch(self)
         return clone
 
@@ -106,7 +110,7 @@ class UserPatch:
         options = {**model_options.get("transformer_options", {}), self._roles_key: roles}
         run: Run | None = options.get(self._run_key)
         if run is not None and run.text is not None and run.is_active(model, timestep):
-            conds = run.text.conditionings(conds, roles)
+            conds, options[_CHANGED_KEY] = run.text.conditionings(conds, roles, options.get(_CHANGED_KEY, ()))
         return executor(model, conds, x, timestep, {**model_options, "transformer_options": options})
 
     def wrap_call(
@@ -127,42 +131,44 @@ class UserPatch:
         if self not in outputs:
             raise left_out()
         run: Run = options.get(self._run_key) or Run(self)
-        roles = options.get(self._roles_key)
-        call = run.prepare(executor.class_obj, x, t, options, roles)
-        if run.text is not None and call.active and (roles is None or self._run_key not in options):
-            # No guider's conditionings came by, so this text is still as it was written.
-            text = run.text.batch(c_crossattn, kwargs.get("y"), chunks_of_user(call.chunks, roles))
-            c_crossattn, kwargs = text.text, kwargs if text.y is None else {**kwargs, "y": text.y}
-        call.text = c_crossattn
-        options = {**options, self._key: call}
+        call = run.prepare(executor.class_obj, x, t, options, options.get(self._roles_key))
+        options = {**options, self.key: call}
+        if call.active and run.text is not None:
+            of_user, changed = chunks_of_user(call.chunks, call.roles), options.get(_CHANGED_KEY, ())
+            c_crossattn, y = run.text.batch(c_crossattn, kwargs.get("y"), of_user, changed)
+            kwargs = kwargs if y is None else {**kwargs, "y": y}
         if call.active and (self.gates or self.text is not None):
             # Ours is the first to see what a layer returns and the last to see what it is given, so that both have the
             # same batch if another node (Attention Couple) changes it in between.
             others = [patch for patch in outputs if patch is not self]
-            inputs = [*patches.get("attn2_patch", ()), self.look]
+            inputs = [self.receive, *patches.get("attn2_patch", ()), self.look]
             options["patches"] = {**patches, "attn2_output_patch": [self, *others], "attn2_patch": inputs}
         output = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         run.note(call)
         return output
 
-    def look(self, n: Tensor, context: Tensor, value: Tensor, extra_options: Options) -> tuple[Tensor, Tensor, Tensor]:
-        """``attn2_patch``: take down the layer's input ``n`` ``[batch, positions, hidden]``; prompts that another node
-        has put in beside ours become the user's as well.
+    def receive(self, n: Tensor, context: Tensor, value: Tensor, extra_options: Options) -> _Inputs:
+        """First ``attn2_patch``: take down the text as it comes to the layer, ``[batch, tokens, dim]``."""
+        extra_options[self._context_key] = context
+        return n, context, value
+
+    def look(self, n: Tensor, context: Tensor, value: Tensor, extra_options: Options) -> _Inputs:
+        """Last ``attn2_patch``: take down the layer's input ``n`` ``[batch, positions, hidden]``; prompts that another
+        node has put in beside ours become the user's as well.
         """
-        call: Call = extra_options[self._key]
-        if self.gates:
-            extra_options[self._input_key] = n
-        if call.run.text is not None and call.text is not None and COUPLE_KEY in extra_options:
-            of_user = call.of_user(n, extra_options)
-            own = chunks_of_user(call.chunks, call.roles)
+        call: Call = extra_options[self.key]
+        extra_options[self._input_key] = n
+        received = extra_options[self._context_key]
+        if call.run.text is not None and not (context is received and value is received):
+            new = call.put_in(context, extra_options)
             same = value is context
-            context = call.run.text.beside(context, call.text, own, of_user)
-            value = context if same else call.run.text.beside(value, call.text, own, of_user)
+            context = call.run.text.put_in(context, new)
+            value = context if same else call.run.text.put_in(value, new)
         return n, context, value
 
     def __call__(self, n: Tensor, extra_options: Options) -> Tensor:
         """``attn2_output_patch``: add what users add to ``n``, ``[batch, positions, hidden]``."""
-        call: Call | None = extra_options.get(self._key)
+        call: Call | None = extra_options.get(self.key)
         if call is None:
             raise left_out()
         if call.table is None:
@@ -171,8 +177,10 @@ class UserPatch:
         if layers.constant:
             n = n + layers.constant[site]
         if layers.gates:
-            inputs, places = extra_options[self._input_key], layers.places
+            inputs, places = extra_options.get(self._input_key), layers.places
+            if inputs is None or inputs.shape[0] != n.shape[0]:
+                raise left_out()
             if places is None:
                 return n + layers.gates[site](inputs)
-            return n.index_add(0, places, layers.gates[site](inputs[places]))
+            return n.index_add(0, places, layers.gates[site](inputs[places]).to(n.dtype))
         return n

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,26 @@ def roles_of(conds: Sequence[Sequence[Options] | None]) -> Roles:
 def is_users(name: str | None, position: int) -> bool:
     """Return whether a conditioning with this name, or at this position if it has none, is the user's."""
     return position == 0 if name is None else not any(word in name for word in _UNCONDITIONAL_NAMES)
+
+
+def put_in(couple: Sequence[int], chunks: Sequence[int]) -> Roles | None:
+    """Return for each chunk of a batch that Attention Couple has made larger whether it has been put in.
+
+    Of each conditional chunk it makes several: the first stays as it was, the others have other prompts.
+
+    Args:
+        couple: what it says of the batch that it has made.
+        chunks: the same of the batch that came; if ``couple`` cannot have been made of it, the answer is None.
+    """
+    places: Counter[int] = Counter()
+    found = []
+    for chunk in couple:
+        came = chunks.count(chunk)
+        if not came or couple.count(chunk) % came:
+            return None
+        found.append(places[chunk] % (couple.count(chunk) // came) != 0)
+        places[chunk] += 1
+    return tuple(found)
 
 
 def chunks_of_user(chunks: Sequence[int], roles: Roles | None) -> Roles:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import AdapterError, BlockKey, SiteGate
-from .roles import COUPLE_KEY, Options, Roles, chunks_of_user
+from .roles import COUPLE_KEY, Options, Roles, chunks_of_user, put_in
 from .text_side import TextSide
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ class Call:
     roles: Roles | None
     chunks: tuple[int, ...]
     active: bool = False
-    text: Tensor | None = None
     table: Table | None = None
     reached: set[int] = field(default_factory=set)
 
@@ -86,6 +85,22 @@ class Call:
             )
         return chunks_of_user(chunks, self.roles)
 
+    def put_in(self, context: Tensor, extra_options: Options) -> Roles:
+        """Return for each chunk of the text that another node has changed inside a layer whether it has been put in,
+        and is the user's.
+
+        Raises:
+            AdapterError: that node does not tell, as Attention Couple does.
+        """
+        couple = extra_options.get(COUPLE_KEY, ())
+        new = put_in(couple, self.chunks)
+        if not new or context.shape[0] * len(self.chunks) != self.batch * len(couple):
+            raise AdapterError(
+                "Another node changes the text inside the attention, and PSA cannot tell whose it is, so the picture "
+                "would not be protected. Remove that node, or use an adapter that does not act on text."
+            )
+        return tuple(a and b for a, b in zip(new, chunks_of_user(couple, self.roles), strict=True))
+
 
 class Run:
     """One sampling run: what the layers add, and the prompts as their users have them."""
@@ -93,7 +108,7 @@ class Run:
     def __init__(self, patch: UserPatch) -> None:
         """Begin a run; the projection waits for the first call, which knows device and precision."""
         self.patch = patch
-        self.text = TextSide(patch.text, patch.strength) if patch.text else None
+        self.text = TextSide(patch.key, patch.text, patch.strength) if patch.text else None
         self._lock = threading.Lock()
         self._tables: dict[tuple[torch.device, torch.dtype], Table] = {}
         self._calls = 0

@@ -1,14 +1,16 @@
 """The text side on a ComfyUI model: prompts become the users' own before they enter the diffusion model.
 
 That happens once per prompt and run, where a guider hands its conditionings over, so all that a step does with them
-(areas, chunks, a ControlNet) sees the same text. Calls that come another way are served as well, each for itself.
+(areas, chunks, a ControlNet) sees the same text. Every call of the model then looks whether the user's part of its
+text is that: what is not, because another node has put in text of its own or has called the model itself, is changed
+there. So is what another node puts in inside of a layer.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,111 +19,169 @@ from ..adapter import AdapterError, UserText
 from .roles import Options, Roles
 
 _MOST_PROMPTS = 256  # nodes that make new conditionings in every step would fill the memory
+_TEXTS = ("c_crossattn", "crossattn_controlnet")
 
 
-class Prompt(NamedTuple):
-    """A prompt as a model reads it: ``text`` ``[1 or n, tokens, dim]``; ``pooled`` heads ``y`` where there is one."""
+class Changed(NamedTuple):
+    """A text, or ``y``, in a call's conditionings, and the patches by which it has been changed."""
 
-    text: Tensor
-    y: Tensor | None
+    tensor: Tensor
+    by: frozenset[str]
 
 
 class TextSide:
     """Users' versions of the prompts of one run."""
 
-    def __init__(self, text: UserText, strength: float) -> None:
-        """Begin a run."""
+    def __init__(self, key: str, text: UserText, strength: float) -> None:
+        """Begin a run of the patch with this key."""
+        self._key = key
         self._text = text
         self._strength = strength
         self._lock = threading.Lock()
-        self._known: dict[tuple[int, int], tuple[Prompt, Prompt]] = {}
-        self._inserted: dict[tuple[Roles, Roles, int], tuple[bool, ...]] = {}
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def conditionings(self, conds: Sequence[Sequence[Options] | None], roles: Roles) -> list[Sequence[Options] | None]:
-        """Return a guider's conditionings with the users' prompts; the others are as they were."""
-        return [
-            [self._conditioning(cond) for cond in entries] if entries and own else entries
-            for entries, own in zip(conds, roles, strict=True)
-        ]
-
-    def batch(self, text: Tensor, y: Tensor | None, of_user: Roles) -> Prompt:
-        """Return the prompts of a whole batch of equal chunks, each the user's or not."""
-        chunks = len(of_user)
-        ys: Sequence[Tensor | None] = [None] * chunks if y is None else y.chunk(chunks)
-        prompts = map(Prompt, text.chunk(chunks), ys)
-        parts = [self._changed(prompt) if own else prompt for prompt, own in zip(prompts, of_user, strict=True)]
-        joined = [part.y for part in parts if part.y is not None]
-        return Prompt(torch.cat([part.text for part in parts]), torch.cat(joined) if joined else None)
-
-    def beside(self, context: Tensor, given: Tensor, own: Roles, of_user: Roles) -> Tensor:
-        """Return the text of a batch that another node has changed inside a layer: all that is the user's, changed.
+    def conditionings(
+        self, conds: Sequence[Sequence[Options] | None], roles: Roles, before: Sequence[Changed]
+    ) -> tuple[list[Sequence[Options] | None], tuple[Changed, ...]]:
+        """Return a guider's conditionings with the users' prompts, and what has been changed in them.
 
         Args:
-            context: of chunks of which ``of_user`` says whether they are the user's.
-            given: what the model was given, changed already where ``own`` says that a chunk is the user's.
+            conds: the conditionings; those that are not the user's are given back as they are.
+            roles: which of them are the user's.
+            before: what other patches have changed in them.
+
+        Raises:
+            AdapterError: a conditioning has no text, or another one that the adapter cannot change.
         """
-        known = [chunk for chunk, mine in zip(given.chunk(len(own)), own, strict=True) if mine]
-        key = of_user, own, context.shape[0]
-        chunks = context.chunk(len(of_user))
-        if key not in self._inserted:  # comparing waits for the device, so only once for each make-up of a batch
-            self._inserted[key] = tuple(
-                mine and not any(_repeats(chunk, other) for other in known)
-                for chunk, mine in zip(chunks, of_user, strict=True)
-            )
-        return torch.cat(
-            [
-                self._changed(Prompt(chunk, None), pooled=False).text if new else chunk
-                for chunk, new in zip(chunks, self._inserted[key], strict=True)
-            ]
-        )
+        changed: list[Changed] = []
 
-    def _conditioning(self, cond: Options) -> Options:
-        model_conds = cond["model_conds"]
-        if "c_crossattn" not in model_conds:
-            raise AdapterError(
-                "A conditioning reaches the model without text, and this adapter acts on text. Connect a prompt "
-                "(CLIP Text Encode), or use an adapter of another kind."
-            )
-        text, y = model_conds["c_crossattn"], model_conds.get("y")
-        prompt = self._once(Prompt(text.cond, None if y is None else y.cond))
-        changed = {"c_crossattn": text._copy_with(prompt.text)}
-        if y is not None:
-            changed["y"] = y._copy_with(prompt.y)
-        return {**cond, "model_conds": {**model_conds, **changed}}
+        def once(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+            result = self._once(tensor, change)
+            by = next((known.by for known in before if known.tensor is tensor), frozenset())
+            changed.append(Changed(result, by | {self._key}))
+            return result
 
-    def _once(self, prompt: Prompt) -> Prompt:
-        key = id(prompt.text), id(prompt.y)
+        def of_user(cond: Options) -> Options:
+            if "gligen" in cond:
+                raise AdapterError(
+                    "A conditioning has GLIGEN boxes. Their text enters the model on a way of its own, and an adapter "
+                    "that acts on text cannot change it there. Remove them, or use an adapter of another kind."
+                )
+            model_conds = dict(cond["model_conds"])
+            if "c_crossattn" not in model_conds:
+                raise _no_text()
+            for name in _TEXTS:
+                # A ControlNet may read text of another width, from a text encoder of its own.
+                if name in model_conds and (name == _TEXTS[0] or self._fits(model_conds[name].cond)):
+                    part = model_conds[name]
+                    model_conds[name] = part._copy_with(once(part.cond, self._tokens))
+            if self._text.pooled_dim:
+                y = model_conds.get("y")
+                if y is None:
+                    raise self._no_pooled()
+                model_conds["y"] = y._copy_with(once(y.cond, self._pooled))
+            return {**cond, "model_conds": model_conds}
+
+        ours = [
+            [of_user(cond) for cond in entries] if entries and own else entries
+            for entries, own in zip(conds, roles, strict=True)
+        ]
+        return ours, tuple(changed)
+
+    def batch(
+        self, text: Tensor | None, y: Tensor | None, of_user: Roles, changed: Sequence[Changed]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the text and ``y`` of a call, of equal chunks of which some are the user's.
+
+        Args:
+            text: ``[batch, tokens, dim]``.
+            y: ``[batch, dim]``, headed by the pooled text; None for models without.
+            of_user: for each chunk whether it is the user's.
+            changed: what conditionings have been changed; other text of the user is changed here.
+
+        Raises:
+            AdapterError: the call has no text.
+        """
+        if text is None:
+            raise _no_text()
+        known = [part.tensor for part in changed if self._key in part.by]
+        text = _mapped(text, of_user, known, self._tokens)
+        if self._text.pooled_dim:
+            if y is None:
+                raise self._no_pooled()
+            y = _mapped(y, of_user, known, self._pooled)
+        return text, y
+
+    def put_in(self, context: Tensor, which: Roles) -> Tensor:
+        """Return the text of a batch inside a layer, ``[batch, tokens, dim]``, with these of its chunks changed."""
+        return _mapped(context, which, (), self._tokens)
+
+    def _fits(self, text: Tensor) -> bool:
+        return text.shape[-1] == self._text.text_dim
+
+    def _once(self, tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         with self._lock:
-            if key not in self._known:
+            if id(tensor) not in self._known:
                 if len(self._known) >= _MOST_PROMPTS:
                     self._known.clear()
                 # The prompt is kept beside its change, so that its id stays its own.
-                self._known[key] = prompt, self._changed(prompt)
-            return self._known[key][1]
+                self._known[id(tensor)] = tensor, change(tensor)
+            return self._known[id(tensor)][1]
+
+    def _tokens(self, text: Tensor) -> Tensor:
+        if not self._fits(text):
+            raise AdapterError(
+                f"The prompt is text of width {text.shape[-1]}, and this adapter changes text of width "
+                f"{self._text.text_dim}. Connect the text encoder (CLIP) of the adapter's family."
+            )
+        return self._at_home(self._text.tokens, text)
+
+    def _pooled(self, y: Tensor) -> Tensor:
+        width = self._text.pooled_dim
+        if width is None or y.shape[1] < width:
+            raise self._no_pooled()
+        head = self._at_home(self._text.pooled, y[:, :width])
+        # ComfyUI puts sizes and crop behind the pooled text.
+        return torch.cat((head, y[:, width:].expand(len(head), -1)), dim=1)
 
     @torch.no_grad()
-    def _changed(self, prompt: Prompt, pooled: bool = True) -> Prompt:
-        text, y = prompt
-        width = self._text.adapter.pooled_dim
-        if not width or not pooled:
-            return Prompt(self._apply(text, None)[0], y)
-        if y is None or y.shape[1] < width:
-            raise AdapterError(
-                "This adapter changes the pooled text that SDXL reads beside the prompt, and the model reads none. "
-                "Load a checkpoint of the adapter's family."
-            )
-        # ComfyUI puts sizes and crop behind the pooled text.
-        text, head = self._apply(text, y[:, :width])
-        return Prompt(text, torch.cat((head, y[:, width:].expand(len(head), -1)), dim=1))
+    def _at_home(self, change: Callable[[Tensor, float], Tensor], text: Tensor) -> Tensor:
+        """Compute on the adapter's own device, and come back to the text's."""
+        return change(text.to(self._text.user.device), self._strength).to(text.device)
 
-    def _apply(self, text: Tensor, pooled: Tensor | None) -> tuple[Tensor, Any]:
-        """Compute on the adapter's own device, in float32; come back to the text's."""
-        home = self._text.embedding.device
-        changed, changed_pooled = self._text(text.to(home), None if pooled is None else pooled.to(home), self._strength)
-        return changed.to(text.device), None if changed_pooled is None else changed_pooled.to(text.device)
+    def _no_pooled(self) -> AdapterError:
+        return AdapterError(
+            f"This adapter changes the pooled text of width {self._text.pooled_dim} that SDXL reads beside the "
+            "prompt, and the model reads none. Load a checkpoint of the adapter's family."
+        )
 
 
-def _repeats(text: Tensor, other: Tensor) -> bool:
-    """Return whether ``text`` is ``other``, once or several times: so prompts of unequal length are joined."""
-    tokens = other.shape[1]
-    return text.shape[1] % tokens == 0 and torch.equal(text, other.repeat(1, text.shape[1] // tokens, 1))
+def _mapped(tensor: Tensor, chosen: Roles, known: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Change the chosen ones of a tensor's equal chunks, unless they are known."""
+    chunks = tensor.chunk(len(chosen))
+    wanted = [
+        take and not any(_repeats(chunk, other) for other in known) for chunk, take in zip(chunks, chosen, strict=True)
+    ]
+    if not any(wanted):
+        return tensor
+    return torch.cat([change(chunk) if take else chunk for chunk, take in zip(chunks, wanted, strict=True)])
+
+
+def _repeats(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether ``tensor`` is ``other`` as ComfyUI puts it into a batch.
+
+    Rows are repeated up to the number of pictures, tokens up to the length of the longest prompt beside it.
+    """
+    if tensor.ndim != other.ndim or tensor.shape[-1] != other.shape[-1] or tensor.shape[1] % other.shape[1]:
+        return False
+    rows = other[torch.arange(len(tensor), device=other.device) % len(other)]
+    if tensor.ndim > 2:
+        rows = rows.repeat(1, tensor.shape[1] // other.shape[1], 1)
+    return torch.equal(tensor, rows.to(tensor))
+
+
+def _no_text() -> AdapterError:
+    return AdapterError(
+        "A conditioning reaches the model without text, and this adapter acts on text. Connect a prompt (CLIP Text "
+        "Encode), or use an adapter of another kind."
+    )

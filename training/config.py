@@ -21,6 +21,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -106,6 +107,13 @@ class AdapterSection(Section):
     name: str = Field("psa_adapter", pattern=r"^[\w][\w.-]*$", description="the file name, without ending")
     null: NullMode = "zero_embedding"
     standardise: bool = Field(True, description="standardise user embeddings; false is the paper")
+
+    @field_validator("text")
+    @classmethod
+    def _base_knows(cls, value: TextSpec) -> TextSpec:
+        if value.pooled_dim is not None:
+            raise ValueError("pooled_dim is the base model's own: leave it out")
+        return value
 
 
 class LossSection(Section):

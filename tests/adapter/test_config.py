@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from comfyui_psa.adapter import FAMILIES, PAPER_CATEGORIES, AdapterConfig, EncoderSpec
+from comfyui_psa.adapter import FAMILIES, PAPER_CATEGORIES, AdapterConfig, EncoderSpec, GatedSpec, TextSpec
 
 FIELDS: dict[str, Any] = {
     "hidden_sizes": (8, 16),
@@ -68,6 +68,37 @@ def test_more_than_one_token_is_refused_with_the_reason() -> None:
 )
 def test_nonsense_is_refused(field: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
+        AdapterConfig(**FIELDS | field)
+
+
+TEXT = {"constant": False, "null": "none", "hidden_sizes": (), "text": TextSpec()}
+
+
+def test_the_text_side_needs_no_layers_and_says_what_it_reads() -> None:
+    config = AdapterConfig(**FIELDS | TEXT)
+    assert config.kinds == ("text",)
+    assert config.describe_base() == "models that read text of width 12"
+
+
+def test_the_mlp_has_one_user_token_and_no_heads() -> None:
+    spec = TextSpec(form="mlp", inner_dim=7, heads=4)
+    assert spec.num_tokens == 1
+    assert TextSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("field", "problem"),
+    [
+        ({"constant": False, "null": "none"}, "acts in no way"),
+        (TEXT | {"gated": GatedSpec()}, "hidden_sizes"),
+        (TEXT | {"null": "zero_embedding"}, "only the constant kind has a null user"),
+        ({"gated": GatedSpec(heads=3)}, "3 heads do not divide"),
+        ({"text": {"form": "mlp", "num_tokens": 2}}, "takes one user token"),
+        ({"text": {"inner_dim": 10, "heads": 4}}, "10 is no multiple of heads 4"),
+    ],
+)
+def test_kinds_that_cannot_be_are_refused_with_the_reason(field: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
         AdapterConfig(**FIELDS | field)
 
 

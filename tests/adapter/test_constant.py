@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from effects import site_vectors
 from torch import Tensor
 
 from comfyui_psa.adapter import AdapterConfig, AdapterError, BlockKey, EncoderSpec, PSAAdapter, Site
@@ -58,7 +59,7 @@ def test_vector_is_true_attention_over_the_one_user_token(
 ) -> None:
     adapter = random_adapter(hidden_sizes=(hidden, 2 * hidden), cross_attention_dim=text, embedding_dim=dim)
     embedding = draw(1, dim)
-    vectors = adapter.site_vectors(embedding)
+    vectors = site_vectors(adapter, embedding)
     token = project(adapter, embedding)
     for layer, width in enumerate((hidden, 2 * hidden)):
         query = draw(queries, width, seed=2).double()
@@ -74,7 +75,7 @@ def test_null_vectors_are_the_values_of_the_projected_zero(random_adapter: MakeA
     adapter.embedding_std.copy_(draw(10, seed=5).abs() + 0.5)
     weights = {name: tensor.double() for name, tensor in adapter.user_proj.state_dict().items()}
     token = layer_norm(weights["proj.bias"], weights["norm.weight"], weights["norm.bias"])
-    null = adapter.site_vectors(draw(3, 10)).null
+    null = site_vectors(adapter, draw(3, 10)).null
     assert null is not None
     assert [vector.shape for vector in null] == [(8,), (16,), (24,)]
     for layer, vector in enumerate(null):
@@ -84,10 +85,10 @@ def test_null_vectors_are_the_values_of_the_projected_zero(random_adapter: MakeA
 def test_null_is_as_trained_unless_overridden(random_adapter: MakeAdapter) -> None:
     embedding = draw(1, 10)
     published, bare = random_adapter(null="zero_embedding"), random_adapter(null="none")
-    assert bare.site_vectors(embedding).null is None
-    assert published.site_vectors(embedding, null="none").null is None
-    expected = published.site_vectors(embedding).null
-    overridden = bare.site_vectors(embedding, null="zero_embedding").null
+    assert site_vectors(bare, embedding).null is None
+    assert site_vectors(published, embedding, null="none").null is None
+    expected = site_vectors(published, embedding).null
+    overridden = site_vectors(bare, embedding, null="zero_embedding").null
     assert expected is not None
     assert overridden is not None
     assert all(map(torch.equal, overridden, expected))
@@ -95,7 +96,7 @@ def test_null_is_as_trained_unless_overridden(random_adapter: MakeAdapter) -> No
 
 def test_null_mode_leaves_the_user_as_it_is(random_adapter: MakeAdapter) -> None:
     adapter, embedding = random_adapter(), draw(2, 10)
-    with_null, without = adapter.site_vectors(embedding), adapter.site_vectors(embedding, null="none")
+    with_null, without = site_vectors(adapter, embedding), site_vectors(adapter, embedding, null="none")
     assert all(map(torch.equal, with_null.user, without.user))
 
 
@@ -105,15 +106,15 @@ def test_embeddings_are_standardised(random_adapter: MakeAdapter) -> None:
     adapter.embedding_mean.copy_(mean)
     adapter.embedding_std.copy_(std)
     token = project(adapter, (embedding.double() - mean) / std)
-    for layer, vector in enumerate(adapter.site_vectors(embedding).user):
+    for layer, vector in enumerate(site_vectors(adapter, embedding).user):
         assert close(vector, token @ values_of(adapter, layer).T)
 
 
 def test_users_are_computed_independently(random_adapter: MakeAdapter) -> None:
     adapter, users = random_adapter(), draw(5, 10)
-    together = adapter.site_vectors(users)
+    together = site_vectors(adapter, users)
     for row, user in enumerate(users):
-        alone = adapter.site_vectors(user[None])
+        alone = site_vectors(adapter, user[None])
         for many, one in zip(together.user, alone.user, strict=True):
             torch.testing.assert_close(many[row], one[0], rtol=1e-5, atol=1e-5)
     for first, second in ((0, 1), (1, 2)):
@@ -123,12 +124,12 @@ def test_users_are_computed_independently(random_adapter: MakeAdapter) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_embedding_of_another_precision_is_taken(random_adapter: MakeAdapter, dtype: torch.dtype) -> None:
     adapter, embedding = random_adapter(), draw(1, 10).to(dtype)
-    expected = adapter.site_vectors(embedding.float())
-    assert all(map(torch.equal, adapter.site_vectors(embedding).user, expected.user))
+    expected = site_vectors(adapter, embedding.float())
+    assert all(map(torch.equal, site_vectors(adapter, embedding).user, expected.user))
 
 
 def test_new_adapter_adds_exactly_nothing() -> None:
-    vectors = PSAAdapter(_config((8, 16), 12, 10)).site_vectors(100 * draw(4, 10))
+    vectors = site_vectors(PSAAdapter(_config((8, 16), 12, 10)), 100 * draw(4, 10))
     assert vectors.null is not None
     assert [vector.shape for vector in vectors.user] == [(4, 8), (4, 16)]
     assert not any(torch.count_nonzero(vector) for vector in (*vectors.user, *vectors.null))
@@ -138,7 +139,7 @@ def test_gradients_reach_everything_that_is_trained() -> None:
     adapter = PSAAdapter(_config((8, 16), 12, 10))
     for site in adapter.sites:
         torch.nn.init.normal_(site.to_v_user.weight)
-    sum(vector.square().sum() for vector in adapter.site_vectors(draw(2, 10)).user).backward()
+    sum(vector.square().sum() for vector in site_vectors(adapter, draw(2, 10)).user).backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in adapter.parameters())
 
 
@@ -162,7 +163,7 @@ def test_parameter_counts_are_the_papers_without_keys(
 def test_embedding_of_another_shape_is_refused(random_adapter: MakeAdapter, shape: tuple[int, ...]) -> None:
     adapter = random_adapter(encoder=EncoderSpec(kind="llm", name="org/language-model"))
     with pytest.raises(AdapterError) as caught:
-        adapter.site_vectors(torch.zeros(shape))
+        site_vectors(adapter, torch.zeros(shape))
     for word in (str(shape[-1]), "10", str(list(shape)), "org/language-model"):
         assert word in str(caught.value)
 

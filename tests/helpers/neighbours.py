@@ -35,9 +35,9 @@ def like_ip_adapter(patcher: ModelPatcher, paths: list[str]) -> ModelPatcher:
 
 
 def like_attention_couple(
-    patcher: ModelPatcher, change: Callable[[Tensor], Tensor] = lambda text: text
+    patcher: ModelPatcher, change: Callable[[Tensor], Tensor] = lambda text: text, base_strength: float = 1.0
 ) -> ModelPatcher:
-    """Run conditional chunks twice, with the prompt and with another one, and mix the results by halves."""
+    """Run conditional chunks twice, with the prompt (times ``base_strength``) and with another one, and mix."""
     other = change(conditioning(TINY, 9)[0][0])
 
     def expand(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +45,8 @@ def like_attention_couple(
         kinds: list[int] = []
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for kind, *qkv in zip(chunks, *(tensor.chunk(len(chunks)) for tensor in (q, k, v)), strict=True):
-            parts.append(tuple(qkv))
+            weight = base_strength if kind == 0 else 1.0
+            parts.append((qkv[0], qkv[1] * weight, qkv[2] * weight))
             kinds.append(kind)
             if kind == 0:
                 context = other.to(q).expand(qkv[0].shape[0], -1, -1)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from comfy_testing import ROUNDING, denoise, difference, noise, sigma_at
 from diffusers import AutoencoderTiny, EulerDiscreteScheduler
+from effects import site_vectors
 from miniature_testing import Reference, copied, edit, encode, randomised, write_miniature
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -250,7 +251,7 @@ def test_the_shipped_adapter_steers_it_as_in_training(nodes: dict[str, Any], ref
 
     attachment = Attachment(reference.unet, find_sites(reference.unet))
     with torch.no_grad():
-        vectors = random_adapter().site_vectors(embedding.vectors)
+        vectors = site_vectors(random_adapter(), embedding.vectors)
     assert vectors.null is not None
     with attachment.applied(vectors.user):
         conditional = reference.denoised(latent, sigma, PROMPT)

@@ -136,7 +136,7 @@ def test_range_follows_the_sampling_percent(model: ModelPatcher, adapter: PSAAda
 
 def test_a_prompt_is_changed_once_in_a_run(model: ModelPatcher, adapter: PSAAdapter) -> None:
     calls: list[int] = []
-    handle = adapter.text.register_forward_hook(lambda *_: calls.append(1))
+    handle = adapter.text.tokens.register_forward_hook(lambda *_: calls.append(1))
     try:
         sigmas = tuple(sigma_at(model, timestep) for timestep in (999, 700, 400, 100))
         patched = apply_psa(model, adapter, users(0))

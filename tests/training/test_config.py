@@ -223,6 +223,12 @@ def test_the_null_user_cannot_be_trained_where_there_is_none(file: Path) -> None
     assert _set(file, "adapter.null=none", "loss.user_dropout=0").adapter.null == "none"
 
 
+def test_the_base_model_knows_the_width_of_its_pooled_text(file: Path) -> None:
+    (problem,) = _problems(file, "adapter.text.pooled_dim=1280")
+    assert "adapter.text" in problem
+    assert "leave it out" in problem
+
+
 def test_a_language_model_needs_its_name(file: Path) -> None:
     (problem,) = _problems(file, "data.encoder.kind=llm")
     assert problem.startswith("data.encoder: ")

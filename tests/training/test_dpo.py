@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models import attention_processor
 from diffusers_testing import TwoBranchAttention
+from effects import site_vectors
 from torch import Tensor
 from training_testing import CONTEXT, DIM, pair_batch, tiny_adapter, tiny_unet
 
@@ -73,7 +74,7 @@ def test_errors_of_a_pair_are_those_of_each_image_alone() -> None:
         pass
     alphas = DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod
     for i in range(3):
-        vectors = adapter.site_vectors(batch.embedding[i : i + 1]).user
+        vectors = site_vectors(adapter, batch.embedding[i : i + 1]).user
         for images, found in ((batch.chosen, model.chosen), (batch.rejected, model.rejected)):
             alpha = alphas[batch.timesteps[i]]
             noisy = alpha.sqrt() * images[i] + (1 - alpha).sqrt() * batch.noise[i]
@@ -201,7 +202,7 @@ def test_dropped_users_are_the_null_user() -> None:
     standardise(adapter, torch.randn(50, DIM) * 3 + 2)
     embedding = torch.randn(2, DIM)
     found = UserEffects(adapter)(embedding, torch.tensor([True, False]), Text(torch.zeros(2, 5, CONTEXT))).vectors
-    expected = adapter.site_vectors(embedding[1:], null="zero_embedding")
+    expected = site_vectors(adapter, embedding[1:], null="zero_embedding")
     for vector, user, null in zip(found, expected.user, expected.null, strict=True):
         assert torch.allclose(vector[0], null, atol=1e-6)
         assert torch.allclose(vector[1], user[0], atol=1e-6)

@@ -233,12 +233,12 @@ def test_code_in_a_checkpoint_never_runs(begun: TrainConfig, tmp_path: Path, nam
     assert not (tmp_path / "ran").exists()
 
 
-def test_there_may_be_more_steps_after_a_resume(
+def test_there_may_be_more_steps_after_a_resume_and_other_sizes_of_what_is_not_trained(
     workplace: Workplace, uninterrupted: Callable[[str], TrainConfig], tmp_path: Path
 ) -> None:
     config = workplace.config(tmp_path / "run", **VARIANTS["adamw"] | {"run__steps": 3})
     run(config)
-    run(resumed(workplace.config(tmp_path / "run", **VARIANTS["adamw"])))
+    run(resumed(workplace.config(tmp_path / "run", **VARIANTS["adamw"] | {"adapter__gated": {"num_tokens": 2}})))
     weights = (adapter_weights(adapter_file(run)) for run in (config, uninterrupted("adamw")))
     assert differences(*weights) == []
 

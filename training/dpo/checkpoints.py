@@ -9,14 +9,14 @@ import shutil
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 import torch
 from accelerate import Accelerator
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from ...adapter import AdapterError, PSAAdapter, save_adapter
+from ...adapter import AdapterError, Kind, PSAAdapter, save_adapter
 from ...safe_files import DAMAGE
 from ..config import TrainConfig
 from ..errors import TrainingError
@@ -196,7 +196,7 @@ class Checkpoints:
             raise _damaged(folder, error) from None
         for key in (*_FIXED, *(_FIXED_WITH_NOISES if self._config.loss.noises_per_pair else ())):
             was, now = (reduce(getattr, key.split("."), config) for config in (before, self._config))
-            if was != now:
+            if was != now and key.removeprefix("adapter.") not in _untrained(self._config):
                 raise TrainingError(
                     f"{folder} was made with {key} = {was}, but the configuration says {now}. Resume with the same "
                     "model, data, split, adapter, optimizer, noises and seed, or start a new run in another run.output."
@@ -210,6 +210,11 @@ class Checkpoints:
         for path in paths:
             if path not in kept:
                 _remove(path)
+
+
+def _untrained(config: TrainConfig) -> set[Kind]:
+    """Return the kinds that are not trained: their sizes do not count."""
+    return set(get_args(Kind)) - set(config.adapter.kinds)
 
 
 def _remove(checkpoint: Path) -> None:

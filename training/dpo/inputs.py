@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...adapter import SiteGate, UserEffect
+from ...adapter import SiteGate, UserEffect, UserText
 
 
 class Text(NamedTuple):
@@ -15,6 +15,10 @@ class Text(NamedTuple):
 
     hidden: Tensor
     pooled: Tensor | None = None
+
+    def of_users(self, users: UserText) -> Text:
+        """Return the users' versions of it, one user for each row."""
+        return Text(users.tokens(self.hidden), None if self.pooled is None else users.pooled(self.pooled))
 
     def repeated(self, times: int) -> Text:
         """Return it several times, one behind the other."""
@@ -55,7 +59,7 @@ def guided_inputs(effect: UserEffect | None, negative: Text, positive: Text) -> 
     if effect is None:
         return UserInputs(_joined(negative, positive))
     if effect.text is not None:
-        positive = Text(*effect.text(*positive))
+        positive = positive.of_users(effect.text)
     vectors: tuple[Tensor, ...] = ()
     if effect.constant is not None:
         nulls = effect.constant.null or [torch.zeros_like(user[0]) for user in effect.constant.user]

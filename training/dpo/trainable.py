@@ -40,7 +40,7 @@ class UserEffects(nn.Module):
         )
         if effect.text is None:
             return UserInputs(text, vectors, gates)
-        hidden, pooled = effect.text(*text)
+        hidden, pooled = text.of_users(effect.text)
         kept = torch.where(dropped[:, None, None], text.hidden, hidden)
         if pooled is not None and text.pooled is not None:
             pooled = torch.where(dropped[:, None], text.pooled, pooled)
