@@ -124,6 +124,9 @@ class LossSection(Section):
     user_dropout: Share = Field(0.1, description="share of pairs seen as the null user; 0 is the paper")
     noise_offset: NonNegativeFloat = 0.0
     winner_anchor: NonNegativeFloat = Field(0.0, description="how much it counts if a chosen image gets worse")
+    safeguard: float | None = Field(
+        None, ge=0, lt=1, description="Diffusion-SDPO: rejected images do not make chosen ones worse; its slack, from 0"
+    )
     timestep_weight_limit: NonNegativeFloat = Field(
         0.0, description="errors count as those of the picture, at most this many times as much; 0: as they are"
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from training_testing import CONTEXT, DIM, pair_batch, tiny_adapter, tiny_unet
 
 from comfyui_psa.adapter import AdapterError, PSAAdapter
-from comfyui_psa.training.config import ModelSection
+from comfyui_psa.training.config import LossSection, ModelSection
 from comfyui_psa.training.dpo.denoising import PairBatch, pair_errors, prediction_target
 from comfyui_psa.training.dpo.inputs import Text, UserInputs
 from comfyui_psa.training.dpo.loss import PairErrors, diffusion_dpo_loss
@@ -298,3 +298,33 @@ def test_xformers_attention_gives_the_same_loss_and_gradients(
     assert torch.allclose(found, plain, rtol=1e-4)
     for ours, theirs in zip(gradients, plain_gradients, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("slack", [0.0, 0.2])
+def test_the_safeguard_scales_the_gradient_of_each_rejected_image_by_its_residuals(slack: float) -> None:
+    """By hand from what the UNet predicted; noise is the target."""
+    unet = tiny_unet()
+    adapter, batch = tiny_adapter(unet, trained=True), pair_batch(8)
+    policy, effects = policy_for(unet, adapter), UserEffects(adapter)
+    reference = policy.reference_errors(batch)
+    weights = list(adapter.sites.parameters())
+    predicted: list[Tensor] = []
+    handle = unet.register_forward_hook(lambda _unet, _args, output: predicted.append(output.sample))
+    with policy.errors(effects, batch) as errors:
+        handle.remove()
+        sections = [LossSection(beta=20.0), LossSection(beta=20.0, safeguard=slack)]
+        plain, ours = (policy.loss(errors, reference, batch, section) for section in sections)
+        assert torch.equal(plain.loss, ours.loss)
+        found = torch.autograd.grad(ours.loss.sum(), weights, retain_graph=True)
+        chosen, rejected = ((part - batch.noise).flatten(1) for part in predicted[0].detach().chunk(2))
+        products = (chosen * rejected).sum(1)
+        scales = [
+            min(1.0, (1 - slack) * float(w @ w) / float(product)) if product > 0 else 1.0
+            for w, product in zip(chosen, products, strict=True)
+        ]
+        assert min(scales) < 1
+        pull = 20.0 / 2 * torch.sigmoid(-ours.margin)  # of each pair, on the chosen image's error
+        by_hand = (pull * errors.chosen - pull * torch.tensor(scales) * errors.rejected).sum()
+        expected = torch.autograd.grad(by_hand, weights)
+    for gradient, hand in zip(found, expected, strict=True):
+        assert torch.allclose(gradient, hand, rtol=1e-4, atol=1e-7)

@@ -17,7 +17,7 @@ from training_runs import adapter_file, metrics, tiny_config
 from comfyui_psa.adapter import load_adapter
 from comfyui_psa.training.config import LossSection, TrainConfig
 from comfyui_psa.training.dpo.denoising import error_weights
-from comfyui_psa.training.dpo.loss import PairErrors, diffusion_dpo_loss
+from comfyui_psa.training.dpo.loss import PairErrors, diffusion_dpo_loss, safeguarded
 from comfyui_psa.training.errors import TrainingError
 from comfyui_psa.training.train import dry_run
 
@@ -71,6 +71,43 @@ def test_the_loss_with_all_terms_by_hand() -> None:
     assert not torch.allclose(found.loss, plain.loss)
 
 
+class SharedPrediction:
+    """A model that predicts one vector, and an offset of its own, for either image of a pair."""
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._offsets, self._targets = torch.randn(2, 2, 3, generator=generator, dtype=torch.float64)
+        self._vector = torch.randn(3, generator=generator, dtype=torch.float64).requires_grad_()
+
+    def errors(self) -> PairErrors:
+        residuals = self._vector + self._offsets - self._targets
+        return PairErrors(*residuals.square().mean(dim=1)[:, None], residuals.detach().prod(dim=0).mean()[None])
+
+    def worse_by(self, errors: PairErrors) -> float:
+        """How the chosen image's error changes, to first order, along the step that lowers the loss."""
+        loss = diffusion_dpo_loss(errors, PairErrors(torch.ones(1), torch.ones(1)), 1.0).loss
+        (step,) = torch.autograd.grad(-loss.sum(), self._vector)
+        (gradient,) = torch.autograd.grad(self.errors().chosen.sum(), self._vector)
+        return float(step @ gradient)
+
+
+@pytest.mark.parametrize("slack", [0.0, 0.3])
+def test_the_safeguard_keeps_a_step_from_making_the_chosen_image_worse(slack: float) -> None:
+    harmed, spared = 0, 0
+    for seed in range(40):
+        model = SharedPrediction(seed)
+        plain, safe = model.errors(), safeguarded(model.errors(), slack)
+        assert torch.equal(safe.chosen, plain.chosen)
+        assert torch.equal(safe.rejected, plain.rejected)
+        before, after = model.worse_by(plain), model.worse_by(safe)
+        assert after < 1e-12
+        assert after <= before + 1e-12
+        harmed += before > 0
+        spared += after == before  # nothing is taken where nothing is in danger
+    assert harmed > 3
+    assert spared > 3
+
+
 def test_at_the_start_all_terms_give_ln_2() -> None:
     errors = PairErrors(torch.rand(6), torch.rand(6))
     loss = diffusion_dpo_loss(errors, errors, 5000.0, 50.0, 50 * torch.rand(6)).loss
@@ -83,7 +120,7 @@ def test_the_anchor_pulls_at_the_chosen_image_alone() -> None:
     gradients = []
     for anchor in (0.0, 7.0):
         loss = diffusion_dpo_loss(model, reference, 10.0, anchor).loss.sum()
-        gradients.append(torch.autograd.grad(loss, model))
+        gradients.append(torch.autograd.grad(loss, model[:2]))
     (chosen, rejected), (anchored, same) = gradients
     assert torch.allclose(anchored - chosen, torch.full((3,), 7.0))
     assert torch.equal(same, rejected)

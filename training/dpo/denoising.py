@@ -59,8 +59,10 @@ def pair_errors(
     added = text.added(batch.time_ids, unet.dtype)
     predicted = unet(noisy.to(unet.dtype), timesteps, text.hidden.to(unet.dtype), **added)
     target = prediction_target(scheduler, latents, noise, timesteps)
-    errors = (predicted.sample.float() - target).square().mean(dim=(1, 2, 3))
-    return PairErrors(*errors.chunk(2))
+    residuals = predicted.sample.float() - target
+    chosen, rejected = residuals.square().mean(dim=(1, 2, 3)).chunk(2)
+    first, second = residuals.detach().chunk(2)
+    return PairErrors(chosen, rejected, (first * second).mean(dim=(1, 2, 3)))
 
 
 def prediction_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

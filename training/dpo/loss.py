@@ -4,23 +4,29 @@
         + lambda k(t) [mse_theta(w) - mse_ref(w)]
 
 With weights k = 1 and without the anchor, lambda = 0, it is Wallace et al., arXiv 2311.12908, equation 14, with the
-constants of arXiv 2508.01151. The anchor holds the chosen image w: the first term is content with pictures that get
-worse, as long as rejected ones do so faster.
+constants of arXiv 2508.01151. The first term is content with pictures that get worse, as long as rejected ones do so
+faster. Two things hold the chosen image w against that: the anchor, a term of its own, and Diffusion-SDPO's safeguard,
+which takes from the rejected image's gradient what would make w worse.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 class PairErrors(NamedTuple):
-    """Denoising errors of a batch of pairs: mean squares over channels and pixels, float32 ``[pairs]``."""
+    """Denoising errors of a batch of pairs: mean squares over channels and pixels, float32 ``[pairs]``.
+
+    ``alignment`` is the mean product of the two images' residuals, without gradient; None where nobody needs it.
+    """
 
     chosen: Tensor
     rejected: Tensor
+    alignment: Tensor | None = None
 
 
 class DPOLoss(NamedTuple):
@@ -36,6 +42,23 @@ class DPOLoss(NamedTuple):
     def accuracy(self) -> Tensor:
         """1 where the chosen image has the larger implicit reward, 1/2 for a tie (the untrained adapter)."""
         return (self.margin.sign() + 1) / 2
+
+
+def safeguarded(errors: PairErrors, slack: float) -> PairErrors:
+    """Return the same errors; the gradient of the rejected ones is scaled by Diffusion-SDPO (arXiv 2511.03317).
+
+    With the residuals ``r`` of chosen and rejected image, a step along ``-r_w + scale r_l`` in the space of predictions
+    changes the chosen one's error by a multiple of ``-r_w.r_w + scale r_w.r_l``. That is at most zero for
+
+        scale = min(1, (1 - slack) r_w.r_w / r_w.r_l)        and any scale where r_w.r_l is not positive.
+
+    Each pair has a scale of its own. ``slack``, from 0 to below 1, stays further away from the limit.
+    """
+    assert errors.alignment is not None
+    chosen, rejected = errors.chosen.detach(), errors.rejected.detach()
+    limit = (1 - slack) * chosen / errors.alignment
+    scale = torch.where(errors.alignment > 0, limit.clamp(max=1), torch.ones_like(limit))
+    return errors._replace(rejected=rejected + scale * (errors.rejected - rejected))
 
 
 def diffusion_dpo_loss(

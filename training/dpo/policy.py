@@ -18,7 +18,7 @@ from ..errors import TrainingError
 from .attachment import Attachment
 from .denoising import PairBatch, error_weights, pair_errors
 from .inputs import Text, UserInputs
-from .loss import DPOLoss, PairErrors, diffusion_dpo_loss
+from .loss import DPOLoss, PairErrors, diffusion_dpo_loss, safeguarded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,6 +50,8 @@ class Policy:
 
     def loss(self, model: PairErrors, reference: PairErrors, batch: PairBatch, section: LossSection) -> DPOLoss:
         """Return the loss of each pair as the configuration has it."""
+        if section.safeguard is not None:
+            model = safeguarded(model, section.safeguard)
         weights = error_weights(self.scheduler, batch.timesteps, section.timestep_weight_limit)
         return diffusion_dpo_loss(model, reference, section.beta, section.winner_anchor, weights)
 
@@ -83,7 +85,8 @@ class RememberedReference:
         keys = torch.tensor([batch.rows, batch.variants])
         known = self._table[keys[0], keys[1]]
         if bool(known.isnan().any()):
-            errors = torch.stack(self._policy.reference_errors(batch), dim=1)
+            measured = self._policy.reference_errors(batch)
+            errors = torch.stack((measured.chosen, measured.rejected), dim=1)
         else:
             errors = known.to(batch.chosen.device)
         # Known ones too: ranks can only gather equally many. Rows up to 16 million are exact in float32.
