@@ -1,7 +1,8 @@
 """What PSA costs while sampling: operations, step time, time to the first step, memory.
 
 Run it with ``make benchmark``. It samples in a real ComfyUI model (in this process) with random weights of
-SD1.5's full size, measures with and without PSA in turns, and prints a Markdown table for docs/benchmarks.md.
+SD1.5's full size, measures with and without PSA in turns, and prints Markdown tables for docs/benchmarks.md: the paper's
+kind of adapter in a whole run, and all kinds in a step (``kinds.py``).
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.use_pytorch_cross_attention = True  # as ComfyUI does on a GPU
 
 import comfy.model_management
 import comfy.samplers
 import comfy.sd
 import folder_paths
 from comfy.model_patcher import ModelPatcher
+from kinds import OperationCounter, table
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from comfyui_psa.adapter import AdapterError, EncoderSpec, PSAAdapter, load_adapter
 from comfyui_psa.nodes.adapter_nodes import PSAApply
@@ -54,20 +56,6 @@ EMBEDDING_DIM = 576
 LANGUAGE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 console = Console()
-
-
-class OperationCounter(TorchDispatchMode):
-    """Counts what is computed: every operation that is no view (``_unsafe_view`` is one, though not marked so)."""
-
-    def __init__(self) -> None:
-        """Start at zero."""
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count and run one operation."""
-        self.count += not (func.is_view or func is torch.ops.aten._unsafe_view.default)
-        return func(*args, **(kwargs or {}))
 
 
 def sample(model: ModelPatcher, steps: int = 1, on_step: Callable[[], None] = lambda: None) -> list[float]:
@@ -258,6 +246,9 @@ def main() -> None:
     console.print("\n| measured | result |\n| --- | --- |", markup=False)
     for name, value in rows.items():
         console.print(f"| {name} | {value} |", soft_wrap=True, markup=False, highlight=False)
+    console.print()
+    for line in table():
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 if __name__ == "__main__":
