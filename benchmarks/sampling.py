@@ -1,8 +1,8 @@
 """What PSA costs while sampling: operations, step time, time to the first step, memory.
 
 Run it with ``make benchmark``. It samples in a real ComfyUI model (in this process) with random weights of
-SD1.5's full size, measures with and without PSA in turns, and prints Markdown tables for docs/benchmarks.md: the paper's
-kind of adapter in a whole run, and all kinds in a step (``kinds.py``).
+SD1.5's full size, measures with and without PSA in turns, and prints Markdown tables for docs/benchmarks.md: the
+paper's kind of adapter in a whole run, and all kinds in a step (``kinds.py``).
 """
 
 from __future__ import annotations
