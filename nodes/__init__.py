@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import adapter_nodes, miniature, profile_nodes
+from . import adapter_nodes, explain, miniature, profile_nodes
 from .folders import register_folders
 
 
@@ -14,4 +14,4 @@ class PSAExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Register the model folders, then return all nodes."""
         register_folders()
-        return [*adapter_nodes.NODES, *profile_nodes.NODES, *miniature.NODES]
+        return [*adapter_nodes.NODES, *profile_nodes.NODES, *miniature.NODES, *explain.NODES]

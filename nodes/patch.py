@@ -27,6 +27,8 @@ from ..adapter import Site, UserEffect
 from .roles import Options, chunks_of_user, name_roles, roles_of
 from .run import Call, Run, left_out
 
+_WRAPPERS = (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)
+_OUTPUTS = "attn2_output_patch"
 _CHANGED_KEY = "psa_changed"  # what patches have changed in a call's conditionings
 _Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -76,9 +78,8 @@ class UserPatch:
         """Return a clone of ``model`` with this patch; with strength 0, one without it."""
         clone = model.clone()
         if self.strength != 0:
-            clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, self.key, self.wrap_run)
-            clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, self.key, self.wrap_conds)
-            clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, self.key, self.wrap_call)
+            for wrapper, method in zip(_WRAPPERS, (self.wrap_run, self.wrap_conds, self.wrap_call), strict=True):
+                clone.add_wrapper_with_key(wrapper, self.key, method)
             clone.set_model_attn2_output_patch(self)
         return clone
 
@@ -127,7 +128,7 @@ class UserPatch:
         """``APPLY_MODEL`` wrapper: decide once per call whether and what each layer adds."""
         options = transformer_options or {}
         patches = options.get("patches", {})
-        outputs = patches.get("attn2_output_patch", ())
+        outputs = patches.get(_OUTPUTS, ())
         if self not in outputs:
             raise left_out()
         run: Run = options.get(self._run_key) or Run(self)
@@ -142,7 +143,7 @@ class UserPatch:
             # same batch if another node (Attention Couple) changes it in between.
             others = [patch for patch in outputs if patch is not self]
             inputs = [self.receive, *patches.get("attn2_patch", ()), self.look]
-            options["patches"] = {**patches, "attn2_output_patch": [self, *others], "attn2_patch": inputs}
+            options["patches"] = {**patches, _OUTPUTS: [self, *others], "attn2_patch": inputs}
         output = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         run.note(call)
         return output
@@ -184,3 +185,21 @@ class UserPatch:
                 return n + layers.gates[site](inputs)
             return n.index_add(0, places, layers.gates[site](inputs[places]).to(n.dtype))
         return n
+
+
+def patches_of(model: ModelPatcher) -> list[UserPatch]:
+    """Return the patches on a model, in the order in which they were applied."""
+    options: Options = model.model_options["transformer_options"]
+    return [patch for patch in options.get("patches", {}).get(_OUTPUTS, ()) if isinstance(patch, UserPatch)]
+
+
+def without(model: ModelPatcher, patches: Sequence[UserPatch]) -> ModelPatcher:
+    """Return a clone of ``model`` without these patches."""
+    clone = model.clone()
+    for patch in patches:
+        for wrapper in _WRAPPERS:
+            clone.remove_wrappers_with_key(wrapper, patch.key)
+    options: Options = clone.model_options["transformer_options"]
+    others = [patch for patch in options["patches"][_OUTPUTS] if patch not in patches]
+    options["patches"] = {**options["patches"], _OUTPUTS: others}
+    return clone
