@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import pytest
 import requests
@@ -36,8 +38,10 @@ NODES = {
     "PSAEncodeProfile": "Encode Safety Profile",
     "PSALoadEmbedding": "Load Safety Embedding",
     "PSAApply": "Apply PSA",
+    "PSAExplain": "Explain PSA: Words",
+    "PSAExplainPicture": "Explain PSA: Picture",
 }
-EXAMPLES = ("psa_first_steps", "psa_checkpoint")
+EXAMPLES = ("psa_first_steps", "psa_explain", "psa_checkpoint")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["canvas", "nodes2"])
@@ -75,12 +79,13 @@ def queue(page: Page) -> dict[str, Any]:
 
 
 def run(page: Page, studio: Studio) -> list[PIL.Image.Image]:
-    """Queue the graph and return the pictures that it saved."""
+    """Queue the graph and return the pictures that it saves or previews, node by node."""
     result = queue(page)
     assert "ok" in result, result
     outputs = studio.server.get("/history")[result["ok"]["prompt_id"]]["outputs"]
-    saved = [image["filename"] for output in outputs.values() for image in output["images"]]
-    return [PIL.Image.open(studio.output / name) for name in saved]
+    found = [image for node in sorted(outputs, key=int) for image in outputs[node]["images"]]
+    answers = [requests.get(f"{studio.server.url}/view", image, timeout=30) for image in found]
+    return [PIL.Image.open(io.BytesIO(answer.content)).convert("RGB") for answer in answers]
 
 
 def test_all_nodes_can_be_made(page: Page) -> None:
@@ -118,6 +123,17 @@ def test_first_steps_run_as_they_are(page: Page, studio: Studio) -> None:
         find_level("L0").label,
     )
     assert rings() >= 3
+
+
+def test_explain_points_at_what_is_held_back(page: Page, studio: Studio) -> None:
+    """Where it glows, the picture without PSA has its ring: that is where the two rows differ most."""
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", example("psa_explain"))
+    pictures = [np.asarray(picture, dtype=np.float32) for picture in run(page, studio)]
+    for without, with_psa, explained in zip(pictures[:4], pictures[4:8], pictures[8:], strict=True):
+        held_back = np.abs(without - with_psa).mean(axis=2)
+        heat = explained[..., 0] - explained[..., 2]  # grey where nothing glows
+        glowing = heat > np.quantile(heat, 0.9)
+        assert held_back[glowing].mean() > 2 * held_back[~glowing].mean()
 
 
 def test_the_example_with_a_checkpoint_runs(page: Page, studio: Studio) -> None:
