@@ -68,4 +68,5 @@ class GatedUserAttention(nn.Module):
         values = self.to_v_user(user).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [users, heads, T, width]
         own = torch.eye(self.heads, device=user.device, dtype=user.dtype)[:, None, :, None]
         spread = values[:, :, :, None] * own  # each head's values in its own columns
-        return SiteGate(scores.flatten(2), spread.flatten(3).flatten(1, 2), self.sink)
+        # A copy: what shards parameters (FSDP) frees them when this is done.
+        return SiteGate(scores.flatten(2), spread.flatten(3).flatten(1, 2), self.sink.clone())

@@ -48,11 +48,12 @@ class OperationCounter(TorchDispatchMode):
 
 
 class Layer(NamedTuple):
-    """A cross-attention layer: its positions in a latent, its width, its heads."""
+    """A cross-attention layer: its positions in a latent, its width, its heads, the width of the text."""
 
     positions: int
     hidden: int
     heads: int
+    text_dim: int
 
 
 class Cost(NamedTuple):
@@ -108,8 +109,8 @@ def gated_unfolded(layer: Layer) -> Added:
 
 def like_ip_adapter(layer: Layer) -> Added:
     """A second attention in every step: keys and values of image tokens, for both halves, then a weighted sum."""
-    to_k, to_v = (nn.Linear(SD15.context_dim, layer.hidden, bias=False) for _ in range(2))
-    image, blank = torch.randn(2, 1, IMAGE_TOKENS, SD15.context_dim)
+    to_k, to_v = (nn.Linear(layer.text_dim, layer.hidden, bias=False) for _ in range(2))
+    image, blank = torch.randn(2, 1, IMAGE_TOKENS, layer.text_dim)
 
     def heads(part: Tensor) -> Tensor:
         return part.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
@@ -151,7 +152,9 @@ def measure_base(name: str, shape: UNetShape, latent: int, head_options: dict[st
     for site in find_sites(unet):
         attention = unet.get_submodule(site.path)
         attention.register_forward_pre_hook(
-            lambda module, args: layers.append(Layer(args[0].shape[1], args[0].shape[2], module.heads))
+            lambda module, args: layers.append(
+                Layer(args[0].shape[1], args[0].shape[2], module.heads, shape.context_dim)
+            )
         )
     with FlopCounterMode(display=False) as counter:
         run()

@@ -24,7 +24,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from ..adapter import Site, UserEffect
-from .roles import Options, chunks_of_user, name_roles, roles_of
+from .roles import Options, name_roles, roles_of
 from .run import Call, Run, left_out
 
 _WRAPPERS = (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)
@@ -97,7 +97,9 @@ class UserPatch:
         guider = executor.class_obj
         name_roles(guider.conds)
         run = Run(self)
-        guider.model_options["transformer_options"][self._run_key] = run
+        options: Options = guider.model_options["transformer_options"]
+        options[self._run_key] = run
+        options["wrappers"] = _innermost(options["wrappers"], self.key, _WRAPPERS[1:])
         samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         if len(sigmas) > 1:  # else there was no step to take
             run.check()
@@ -134,31 +136,54 @@ class UserPatch:
         run: Run = options.get(self._run_key) or Run(self)
         call = run.prepare(executor.class_obj, x, t, options, options.get(self._roles_key))
         options = {**options, self.key: call}
-        if call.active and run.text is not None:
-            of_user, changed = chunks_of_user(call.chunks, call.roles), options.get(_CHANGED_KEY, ())
-            c_crossattn, y = run.text.batch(c_crossattn, kwargs.get("y"), of_user, changed)
-            kwargs = kwargs if y is None else {**kwargs, "y": y}
-        if call.active and (self.gates or self.text is not None):
-            # Ours is the first to see what a layer returns and the last to see what it is given, so that both have the
-            # same batch if another node (Attention Couple) changes it in between.
+        if call.active:
+            # Ours is the first to see what a layer is given and the last to see what it returns: whatever another node
+            # (Attention Couple) does to the batch in between, it is the call's own there.
             others = [patch for patch in outputs if patch is not self]
-            inputs = [self.receive, *patches.get("attn2_patch", ()), self.look]
-            options["patches"] = {**patches, _OUTPUTS: [self, *others], "attn2_patch": inputs}
+            options["patches"] = {**patches, _OUTPUTS: [*others, self]}
+            if self.gates or self.text is not None:
+                options["patches"]["attn2_patch"] = [self.receive, *patches.get("attn2_patch", ()), self.look]
+        if call.active and self.text is not None:
+            wrappers = options.get("wrappers", {})
+            ours = {**wrappers.get(WrappersMP.DIFFUSION_MODEL, {}), self.key: [self.wrap_unet]}
+            options["wrappers"] = {**wrappers, WrappersMP.DIFFUSION_MODEL: ours}
         output = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        if call.active and self.text is not None and not call.text_read:
+            raise left_out()
         run.note(call)
         return output
 
+    def wrap_unet(
+        self,
+        executor: WrapperExecutor,
+        x: Tensor,
+        timesteps: Any = None,
+        context: Any = None,
+        y: Any = None,
+        control: Any = None,
+        transformer_options: Options | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """``DIFFUSION_MODEL`` wrapper, the last before the UNet: see to it that the user's text is the user's."""
+        options = transformer_options or {}
+        call: Call = options[self.key]
+        assert call.run.text is not None
+        context, y = call.run.text.batch(context, y, call.of_user, options.get(_CHANGED_KEY, ()))
+        call.text_read = True
+        return executor(x, timesteps, context, y, control, options, **kwargs)
+
     def receive(self, n: Tensor, context: Tensor, value: Tensor, extra_options: Options) -> _Inputs:
-        """First ``attn2_patch``: take down the text as it comes to the layer, ``[batch, tokens, dim]``."""
+        """First ``attn2_patch``: take down input and text as they come to the layer.
+
+        ``n`` is ``[batch, positions, hidden]``, ``context`` ``[batch, tokens, dim]``.
+        """
+        extra_options[self._input_key] = n
         extra_options[self._context_key] = context
         return n, context, value
 
     def look(self, n: Tensor, context: Tensor, value: Tensor, extra_options: Options) -> _Inputs:
-        """Last ``attn2_patch``: take down the layer's input ``n`` ``[batch, positions, hidden]``; prompts that another
-        node has put in beside ours become the user's as well.
-        """
+        """Last ``attn2_patch``: prompts that another node has put in beside ours become the user's as well."""
         call: Call = extra_options[self.key]
-        extra_options[self._input_key] = n
         received = extra_options[self._context_key]
         if call.run.text is not None and not (context is received and value is received):
             new = call.put_in(context, extra_options)
@@ -172,19 +197,29 @@ class UserPatch:
         call: Call | None = extra_options.get(self.key)
         if call is None:
             raise left_out()
-        if call.table is None:
+        layers = call.layers
+        if layers is None:
             return n
-        site, layers = call.layer(n, extra_options)
+        site = call.site(n, extra_options)
         if layers.constant:
             n = n + layers.constant[site]
         if layers.gates:
             inputs, places = extra_options.get(self._input_key), layers.places
-            if inputs is None or inputs.shape[0] != n.shape[0]:
+            if inputs is None:
                 raise left_out()
             if places is None:
                 return n + layers.gates[site](inputs)
             return n.index_add(0, places, layers.gates[site](inputs[places]).to(n.dtype))
         return n
+
+
+def _innermost(wrappers: Options, key: str, kinds: Sequence[str]) -> Options:
+    """Return wrappers in which those with ``key`` come last, so that they see what all others have done."""
+    ordered = {}
+    for kind in kinds:
+        others = {name: found for name, found in wrappers[kind].items() if name != key}
+        ordered[kind] = {**others, key: wrappers[kind][key]}
+    return {**wrappers, **ordered}
 
 
 def patches_of(model: ModelPatcher) -> list[UserPatch]:

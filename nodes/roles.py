@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..adapter import AdapterError
+
 Options = dict[str, Any]
 Roles = tuple[bool, ...]
 
@@ -42,7 +44,7 @@ def is_users(name: str | None, position: int) -> bool:
     return position == 0 if name is None else not any(word in name for word in _UNCONDITIONAL_NAMES)
 
 
-def put_in(couple: Sequence[int], chunks: Sequence[int]) -> Roles | None:
+def made_of_others(couple: Sequence[int], chunks: Sequence[int]) -> Roles | None:
     """Return for each chunk of a batch that Attention Couple has made larger whether it has been put in.
 
     Of each conditional chunk it makes several: the first stays as it was, the others have other prompts.
@@ -63,5 +65,16 @@ def put_in(couple: Sequence[int], chunks: Sequence[int]) -> Roles | None:
 
 
 def chunks_of_user(chunks: Sequence[int], roles: Roles | None) -> Roles:
-    """Return for each chunk of ``cond_or_uncond`` whether it is the user's."""
-    return tuple(chunk == 0 if roles is None else roles[chunk] for chunk in chunks)
+    """Return for each chunk of ``cond_or_uncond`` whether it is the user's.
+
+    Raises:
+        AdapterError: a chunk is of a conditioning that nobody has named.
+    """
+    if roles is None:
+        return tuple(chunk == 0 for chunk in chunks)
+    if max(chunks) >= len(roles):
+        raise AdapterError(
+            "Another node calls the model with a conditioning of its own, and PSA cannot tell whose it is. Remove that "
+            "node, or place Apply PSA behind it, right before the sampler."
+        )
+    return tuple(roles[chunk] for chunk in chunks)

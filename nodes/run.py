@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import AdapterError, BlockKey, SiteGate
-from .roles import COUPLE_KEY, Options, Roles, chunks_of_user, put_in
+from .roles import COUPLE_KEY, Options, Roles, chunks_of_user, made_of_others
 from .text_side import TextSide
 
 if TYPE_CHECKING:
@@ -55,35 +55,37 @@ class Table:
 
 @dataclass
 class Call:
-    """One call of the model; ``table`` is None if this step lies outside of the range or no layer is changed."""
+    """One call of the model; ``layers`` is None if this step lies outside of the range or no layer is changed."""
 
     run: Run
     batch: int
     roles: Roles | None
     chunks: tuple[int, ...]
     active: bool = False
-    table: Table | None = None
+    layers: Layers | None = None
+    text_read: bool = False
     reached: set[int] = field(default_factory=set)
 
-    def layer(self, n: Tensor, extra_options: Options) -> tuple[int, Layers]:
-        """Return the number of the site that is running, and what the layers add for the batch that ``n`` has."""
-        block = extra_options["block"]
-        site = self.run.patch.index[BlockKey(block[0], block[1], extra_options["block_index"])]
-        self.reached.add(site)
-        assert self.table is not None
-        return site, self.run.layers_for(self.table, self.of_user(n, extra_options), n.shape[0])
+    def __deepcopy__(self, memo: dict[int, object]) -> Call:
+        """Return itself: some nodes copy the options in which it travels."""
+        return self
 
-    def of_user(self, n: Tensor, extra_options: Options) -> Roles:
-        """Return for each chunk of the batch that ``n`` has whether it is the user's."""
-        if n.shape[0] == self.batch:
-            return chunks_of_user(self.chunks, self.roles)
-        chunks = extra_options.get(COUPLE_KEY)
-        if chunks is None:
+    @property
+    def of_user(self) -> Roles:
+        """For each chunk of the batch whether it is the user's."""
+        return chunks_of_user(self.chunks, self.roles)
+
+    def site(self, n: Tensor, extra_options: Options) -> int:
+        """Return the number of the site that is running; ``n`` has to have the call's batch."""
+        if n.shape[0] != self.batch:
             raise AdapterError(
                 f"Another node changed the batch inside the attention from {self.batch} to {n.shape[0]}, and PSA "
                 "cannot tell which image belongs to whom. Remove that node."
             )
-        return chunks_of_user(chunks, self.roles)
+        block = extra_options["block"]
+        site = self.run.patch.index[BlockKey(block[0], block[1], extra_options["block_index"])]
+        self.reached.add(site)
+        return site
 
     def put_in(self, context: Tensor, extra_options: Options) -> Roles:
         """Return for each chunk of the text that another node has changed inside a layer whether it has been put in,
@@ -93,7 +95,7 @@ class Call:
             AdapterError: that node does not tell, as Attention Couple does.
         """
         couple = extra_options.get(COUPLE_KEY, ())
-        new = put_in(couple, self.chunks)
+        new = made_of_others(couple, self.chunks)
         if not new or context.shape[0] * len(self.chunks) != self.batch * len(couple):
             raise AdapterError(
                 "Another node changes the text inside the attention, and PSA cannot tell whose it is, so the picture "
@@ -104,6 +106,10 @@ class Call:
 
 class Run:
     """One sampling run: what the layers add, and the prompts as their users have them."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Run:
+        """Return itself: some nodes copy the options in which it travels."""
+        return self
 
     def __init__(self, patch: UserPatch) -> None:
         """Begin a run; the projection waits for the first call, which knows device and precision."""
@@ -129,10 +135,15 @@ class Run:
                 "expected (tiles?), and PSA cannot tell which belongs to whom. Remove that node, or let it work on "
                 "one tile at a time."
             )
+        if self.patch.users > 1 and options.get("context_window") is not None:
+            raise AdapterError(
+                f"Apply PSA got {self.patch.users} user embeddings, and a context window lets the model see a part of "
+                "the batch at a time, so PSA cannot tell which image belongs to whom. Use one embedding for all images."
+            )
         call.active = True
-        self.row_numbers(chunks_of_user(chunks, roles), x.shape[0])
+        self._row_numbers(call.of_user, x.shape[0])
         if self.patch.acts_on_layers:
-            call.table = self._table(model, x.device)
+            call.layers = self._layers(self._table(model, x.device), call)
         return call
 
     def note(self, call: Call) -> None:
@@ -165,15 +176,14 @@ class Run:
         # Half open, so that ranges which follow each other share no step.
         return begin >= float(sigma.max()) > end
 
-    def layers_for(self, table: Table, of_user: Roles, batch: int) -> Layers:
-        """Return what each site adds in a batch of equal chunks, each the user's or not."""
-        key = (of_user, batch)
+    def _layers(self, table: Table, call: Call) -> Layers:
+        key = (call.of_user, call.batch)
         with self._lock:
             if key not in table.layers:
-                table.layers[key] = self._cut(table, of_user, batch)
+                table.layers[key] = self._cut(table, *key)
             return table.layers[key]
 
-    def row_numbers(self, of_user: Roles, batch: int) -> list[int]:
+    def _row_numbers(self, of_user: Roles, batch: int) -> list[int]:
         """Return whose row each picture of a batch has: a user's number, or the number of users for nobody.
 
         Raises:
@@ -190,7 +200,7 @@ class Run:
         return [row for user in of_user for row in (own if user else [users] * images)]
 
     def _cut(self, table: Table, of_user: Roles, batch: int) -> Layers:
-        numbers = self.row_numbers(of_user, batch)
+        numbers = self._row_numbers(of_user, batch)
         constant: tuple[Tensor, ...] = ()
         if table.constant is not None:
             index = torch.tensor(numbers, device=table.constant.device)
@@ -200,6 +210,8 @@ class Run:
         if gates:
             device = gates[0].scores.device
             mine = [place for place, row in enumerate(numbers) if row < self.patch.users]
+            if not mine:
+                return Layers(constant, (), None)
             places = None if len(mine) == batch else torch.tensor(mine, device=device)
             # One user's matrices need no batch of their own.
             rows = 0 if self.patch.users == 1 else torch.tensor([numbers[place] for place in mine], device=device)
@@ -246,10 +258,10 @@ def left_out(detail: str = "") -> AdapterError:
 def _through(to_out: nn.Module, rows: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return ``to_out(rows) - to_out(0)`` in float32, ``[rows, hidden]``, computed by the layer in ``dtype``.
 
-    ``rows`` are in main memory, so that their size is known without waiting for the device.
+    ``rows`` are in main memory; each is scaled by itself, so that none is small beside another.
     """
-    peak = float(rows.abs().max())
-    scale = 2.0 ** math.floor(math.log2(_PROJECTION_PEAK / peak)) if peak > 0 else 1.0
+    peaks = rows.abs().amax(dim=1, keepdim=True)
+    scale = torch.where(peaks > 0, 2.0 ** torch.floor(torch.log2(_PROJECTION_PEAK / peaks)), 1.0)
     scaled = torch.cat([rows * scale, torch.zeros_like(rows[:1])]).to(device, dtype)
     out = to_out(scaled[:, None])[:, 0].float()
-    return (out[:-1] - out[-1:]) / scale
+    return (out[:-1] - out[-1:]) / scale.to(device)

@@ -159,6 +159,11 @@ class TextSide:
 def _mapped(tensor: Tensor, chosen: Roles, known: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> Tensor:
     """Change the chosen ones of a tensor's equal chunks, unless they are known."""
     chunks = tensor.chunk(len(chosen))
+    if len(chunks) != len(chosen):
+        raise AdapterError(
+            f"Another node gives the model {len(tensor)} texts for {len(chosen)} parts of a batch, and PSA cannot tell "
+            "whose they are. Remove that node."
+        )
     wanted = [
         take and not any(_repeats(chunk, other) for other in known) for chunk, take in zip(chunks, chosen, strict=True)
     ]

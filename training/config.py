@@ -108,6 +108,11 @@ class AdapterSection(Section):
     null: NullMode = "zero_embedding"
     standardise: bool = Field(True, description="standardise user embeddings; false is the paper")
 
+    @field_validator("kinds")
+    @classmethod
+    def _each_once(cls, value: tuple[Kind, ...]) -> tuple[Kind, ...]:
+        return tuple(kind for kind in get_args(Kind) if kind in value)
+
     @field_validator("text")
     @classmethod
     def _base_knows(cls, value: TextSpec) -> TextSpec:

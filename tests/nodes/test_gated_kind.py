@@ -60,6 +60,15 @@ def test_the_unconditional_half_stays_the_base(model: ModelPatcher, adapter: PSA
     assert difference(run(apply_psa(model, adapter, users(0))), expected) < ROUNDING
 
 
+def test_halves_that_are_called_one_by_one(model: ModelPatcher, adapter: PSAAdapter) -> None:
+    """ComfyUI does not join prompts of which one is more than four times as long as the other."""
+    negative = conditioning(TINY, 2, tokens=5 * POSITIVE[0][0].shape[1])
+    patched = apply_psa(model, adapter, users(0))
+    expected = denoise(model, POSITIVE, negative, LATENT, 0.0)
+    expected = expected + CFG * (run(patched, cfg=1.0) - expected)
+    assert difference(denoise(patched, POSITIVE, negative, LATENT, CFG), expected) < ROUNDING
+
+
 def test_strength_scales_it_and_zero_is_exactly_the_base(model: ModelPatcher, adapter: PSAAdapter) -> None:
     assert torch.equal(run(apply_psa(model, adapter, users(0), 0.0)), run(model))
     weak, full = (run(apply_psa(model, adapter, users(0), strength)) for strength in (1e-4, 1.0))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from comfy_testing import (
     ROUNDING,
     TINY,
@@ -27,6 +28,7 @@ from comfyui_psa.nodes.apply import apply_psa
 from comfyui_psa.profiles import SafetyEmbedding
 
 Options = dict[str, Any]
+Change = Callable[[Tensor], Tensor]
 
 POSITIVE, NEGATIVE, OTHER = (conditioning(TINY, seed) for seed in (1, 2, 6))
 LATENT = noise(2, 4, 16, 16)
@@ -65,7 +67,7 @@ def test_prompts_of_attention_couple_in_any_precision(
     weights: dict[str, Tensor],
     adapter: PSAAdapter,
     user: SafetyEmbedding,
-    change: Callable[[Tensor], Tensor],
+    change: Change,
     precision: str,
 ) -> None:
     dtype, cast = PRECISIONS[precision]
@@ -86,7 +88,7 @@ def test_couples_of_two_positives_with_a_weaker_base_prompt(
     model: ModelPatcher,
     adapter: PSAAdapter,
     user: SafetyEmbedding,
-    change: Callable[[Tensor], Tensor],
+    change: Change,
     base_strength: float,
 ) -> None:
     """Both positives come as chunks of one number, and the base prompt no longer looks like the one we changed."""
@@ -123,7 +125,7 @@ def with_function(patcher: ModelPatcher, edit: Callable[[Options, list[int]], Op
 
 
 def test_text_that_a_wrapper_puts_in_is_changed(
-    model: ModelPatcher, adapter: PSAAdapter, user: SafetyEmbedding, change: Callable[[Tensor], Tensor]
+    model: ModelPatcher, adapter: PSAAdapter, user: SafetyEmbedding, change: Change
 ) -> None:
     def swap(c: Options, chunks: list[int]) -> Options:
         parts = [
@@ -136,6 +138,44 @@ def test_text_that_a_wrapper_puts_in_is_changed(
     assert difference(ours, run(model, [[change(OTHER[0][0]), {}]])) < ROUNDING
 
 
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("kind", [WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL])
+def test_text_that_any_other_wrapper_puts_in_is_changed(
+    model: ModelPatcher, adapter: PSAAdapter, user: SafetyEmbedding, change: Change, kind: str, place: str
+) -> None:
+    """Wherever its node stands, ours looks last."""
+
+    def swap(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        place = 2 if kind == WrappersMP.APPLY_MODEL else 1  # behind t and c_concat, or behind timesteps
+        (chunks,) = (arg["cond_or_uncond"] for arg in args if isinstance(arg, dict) and "cond_or_uncond" in arg)
+        parts = [
+            OTHER[0][0].expand_as(part).to(part) if chunk == 0 else part
+            for part, chunk in zip(args[place].chunk(len(chunks)), chunks, strict=True)
+        ]
+        return executor(x, *args[:place], torch.cat(parts), *args[place + 1 :], **kwargs)
+
+    def with_wrapper(patcher: ModelPatcher) -> ModelPatcher:
+        patched = patcher.clone()
+        patched.add_wrapper_with_key(kind, "swap", swap)
+        return patched
+
+    ours = apply_psa(with_wrapper(model), adapter, user)
+    ours = ours if place == "before" else with_wrapper(apply_psa(model, adapter, user))
+    assert difference(run(ours), run(model, [[change(OTHER[0][0]), {}]])) < ROUNDING
+
+
+def test_a_node_that_reorders_conditionings_does_not_make_the_negative_one_the_users(
+    model: ModelPatcher, adapter: PSAAdapter, user: SafetyEmbedding
+) -> None:
+    def swapped(executor: Any, model: Any, conds: Any, *args: Any) -> Any:
+        return executor(model, conds[::-1], *args)[::-1]
+
+    patched = apply_psa(model, adapter, user)
+    expected = run(patched)
+    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "swapped", swapped)
+    assert difference(run(patched), expected) < ROUNDING
+
+
 def test_text_that_a_wrapper_copies_is_not_changed_twice(
     model: ModelPatcher, adapter: PSAAdapter, user: SafetyEmbedding
 ) -> None:
@@ -145,7 +185,7 @@ def test_text_that_a_wrapper_copies_is_not_changed_twice(
 
 
 def test_the_text_of_a_controlnet_is_changed_too(
-    model: ModelPatcher, adapter: PSAAdapter, user: SafetyEmbedding, change: Callable[[Tensor], Tensor]
+    model: ModelPatcher, adapter: PSAAdapter, user: SafetyEmbedding, change: Change
 ) -> None:
     """CLIP Text Encode ControlNet gives it a prompt of its own; of another text encoder, it stays."""
     seen: list[Options] = []
