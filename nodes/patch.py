@@ -24,6 +24,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from ..adapter import Site, UserEffect
+from .replaced import only_given_text
 from .roles import Options, name_roles, roles_of
 from .run import Call, Run, left_out
 
@@ -170,7 +171,8 @@ class UserPatch:
         assert call.run.text is not None
         context, y = call.run.text.batch(context, y, call.of_user, options.get(_CHANGED_KEY, ()))
         call.text_read = True
-        return executor(x, timesteps, context, y, control, options, **kwargs)
+        with only_given_text(executor.class_obj, self.sites, options, lambda: call.handed):
+            return executor(x, timesteps, context, y, control, options, **kwargs)
 
     def receive(self, n: Tensor, context: Tensor, value: Tensor, extra_options: Options) -> _Inputs:
         """First ``attn2_patch``: take down input and text as they come to the layer.
@@ -190,6 +192,7 @@ class UserPatch:
             same = value is context
             context = call.run.text.put_in(context, new)
             value = context if same else call.run.text.put_in(value, new)
+        call.handed = context
         return n, context, value
 
     def __call__(self, n: Tensor, extra_options: Options) -> Tensor:

@@ -64,6 +64,7 @@ class Call:
     active: bool = False
     layers: Layers | None = None
     text_read: bool = False
+    handed: Tensor | None = None  # the text that the layer which is running has been given
     reached: set[int] = field(default_factory=set)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Call:

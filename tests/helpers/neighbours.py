@@ -34,6 +34,22 @@ def like_ip_adapter(patcher: ModelPatcher, paths: list[str]) -> ModelPatcher:
     return patched
 
 
+def like_stored_prompts(patcher: ModelPatcher, text: Tensor) -> ModelPatcher:
+    """Take the attn2_replace slot of every block, and attend to a prompt of its own instead of what it is given."""
+    patched = patcher.clone()
+    for site in find_sites(patcher.model.diffusion_model):
+        attention = patcher.model.diffusion_model.get_submodule(site.path)
+
+        def replace(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any], module: Any = attention) -> Tensor:
+            context = text.to(q).expand(q.shape[0], -1, -1)
+            parts = (q, module.to_k(context), module.to_v(context))
+            query, key, value = (part.unflatten(-1, (module.heads, -1)).transpose(1, 2) for part in parts)
+            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+        patched.set_model_attn2_replace(replace, *site.key)
+    return patched
+
+
 def like_attention_couple(
     patcher: ModelPatcher, change: Callable[[Tensor], Tensor] = lambda text: text, base_strength: float = 1.0
 ) -> ModelPatcher:

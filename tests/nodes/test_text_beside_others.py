@@ -20,7 +20,7 @@ from comfy_testing import (
     noise,
 )
 from kinds_by_hand import EMBEDDING_DIM, TEXT, changed_text, kinds_adapter
-from neighbours import like_attention_couple
+from neighbours import like_attention_couple, like_ip_adapter, like_stored_prompts
 from torch import Tensor
 
 from comfyui_psa.adapter import AdapterError, PSAAdapter
@@ -196,6 +196,29 @@ def test_the_text_of_a_controlnet_is_changed_too(
         run(patched, [[POSITIVE[0][0], {"cross_attn_controlnet": text}]])
         (found,) = (c["crossattn_controlnet"] for c in seen if "crossattn_controlnet" in c)
         assert difference(found[:1].cpu(), expected) < ROUNDING
+
+
+def test_a_node_that_replaces_attention_with_prompts_of_its_own_is_an_error(
+    model: ModelPatcher, adapter: PSAAdapter, user: SafetyEmbedding
+) -> None:
+    for patched in (
+        like_stored_prompts(apply_psa(model, adapter, user), OTHER[0][0]),
+        apply_psa(like_stored_prompts(model, OTHER[0][0]), adapter, user),
+    ):
+        with pytest.raises(AdapterError, match="reads prompts of its own"):
+            run(patched)
+    run(like_stored_prompts(model, OTHER[0][0]))  # nothing of it stays on the model that they share
+
+
+def test_ip_adapter_reads_the_users_text_beside_its_image(
+    model: ModelPatcher, adapter: PSAAdapter, user: SafetyEmbedding, change: Change, paths: list[str]
+) -> None:
+    expected = run(like_ip_adapter(model, paths), [[change(POSITIVE[0][0]), {}]])
+    for patched in (
+        like_ip_adapter(apply_psa(model, adapter, user), paths),
+        apply_psa(like_ip_adapter(model, paths), adapter, user),
+    ):
+        assert difference(run(patched), expected) < ROUNDING
 
 
 UNCHANGEABLE: dict[str, tuple[list[list[Any]], str]] = {
