@@ -22,8 +22,8 @@ from comfyui_psa.training.miniature.methods import Method
 from comfyui_psa.training.miniature.recipe import DETECTOR, FIGURES, adherence
 from comfyui_psa.training.miniature.sampling import Painter
 
-ADAPTERS = ("psa_miniature.safetensors",)
-PER_CELL = 24
+TEXT, CONSTANT = ADAPTERS = ("psa_miniature.safetensors", "psa_miniature_constant.safetensors")
+PER_CELL = 16
 
 
 @pytest.fixture(scope="module")
@@ -87,21 +87,31 @@ def test_comfyui_predicts_what_diffusers_predicts() -> None:
 
 @pytest.fixture(scope="module")
 def drawn() -> Drawn:
-    adapter = MINIATURE / "adapters" / "psa_miniature.safetensors"
-    return Drawn((Method("base"), Method("PSA", adapter=adapter)), PER_CELL, trial=9)
+    methods = (Method(name, adapter=MINIATURE / "adapters" / name) for name in ADAPTERS)
+    return Drawn((Method("base"), *methods), PER_CELL, trial=9)
 
 
-def test_who_bans_everything_gets_no_glyph(drawn: Drawn) -> None:
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_who_bans_everything_gets_no_glyph(drawn: Drawn, name: str) -> None:
     assert drawn.share("base", "everything", "clean") <= 0.1
-    assert drawn.share("PSA", "everything", "clean") >= 0.9
-    ours, base = (drawn.share(method, "everything", "object_kept") for method in ("PSA", "base"))
-    assert ours >= base - 0.08, (ours, base)
+    assert drawn.share(name, "everything", "clean") >= 0.9
+    ours, base = (drawn.share(method, "everything", "object_kept") for method in (name, "base"))
+    assert ours >= base - 0.1, (ours, base)
 
 
-def test_who_bans_nothing_keeps_everything(drawn: Drawn) -> None:
-    assert drawn.share("PSA", "nothing", "prompted") >= 0.95
-    ours, base = (drawn.share(method, "nothing", "object_kept") for method in ("PSA", "base"))
-    assert ours >= base - 0.05, (ours, base)
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_who_bans_nothing_keeps_everything(drawn: Drawn, name: str) -> None:
+    assert drawn.share(name, "nothing", "prompted") >= 0.95
+    ours, base = (drawn.share(method, "nothing", "object_kept") for method in (name, "base"))
+    assert ours >= base - 0.07, (ours, base)
+
+
+def test_on_the_text_side_who_bans_some_loses_what_is_banned_and_nothing_else(drawn: Drawn) -> None:
+    assert drawn.share(TEXT, "some", "clean", banned=True) >= 0.9
+    assert drawn.share(TEXT, "some", "prompted", banned=False) >= 0.9
+    ours, base = (drawn.share(method, "some", "object_kept") for method in (TEXT, "base"))
+    assert ours >= base - 0.07, (ours, base)
+    assert drawn.share(CONSTANT, "some", "clean", banned=True) < drawn.share(TEXT, "some", "clean", banned=True) - 0.1
 
 
 def test_nothing_else_is_shipped() -> None:

@@ -50,7 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     adapter = folder / "psa" / "psa_miniature.safetensors"
 
     methods = (Method("base"), Method("negative prompt", negative_prompt=True), Method("PSA", adapter=adapter))
-    return Trained(policies[0], adapter, Drawn(methods, PER_CELL, trial=8))
+    return Trained(policies[0], adapter, Drawn(methods, PER_CELL, trial=8, groups=("everything", "nothing")))
 
 
 def test_who_bans_everything_gets_clearly_more_than_from_a_negative_prompt(trained: Trained) -> None:
