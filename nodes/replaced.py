@@ -7,7 +7,7 @@ layers of IPAdapter's.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,6 @@ def only_given_text(
             handle.remove()
 
 
-def _is_replaced(site: Site, replaced: Options) -> bool:
+def _is_replaced(site: Site, replaced: Container[object]) -> bool:
     stage, block, depth = site.key
     return (stage, block) in replaced or (stage, block, depth) in replaced
