@@ -22,10 +22,13 @@ class SiteVectors(NamedTuple):
     user: tuple[Tensor, ...]
     null: tuple[Tensor, ...] | None
 
+    def nulls(self) -> tuple[Tensor, ...]:
+        """Return per site ``[hidden_i]`` for the unconditional half: zeros if it stays untouched."""
+        return self.null or tuple(torch.zeros_like(user[0]) for user in self.user)
+
     def rows(self) -> tuple[Tensor, ...]:
-        """Return per site ``[users + 1, hidden_i]``: the users, then the unconditional half (zeros if untouched)."""
-        nulls = self.null or [torch.zeros_like(user[0]) for user in self.user]
-        return tuple(torch.cat((user, null[None])) for user, null in zip(self.user, nulls, strict=True))
+        """Return per site ``[users + 1, hidden_i]``: the users, then the unconditional half."""
+        return tuple(torch.cat((user, null[None])) for user, null in zip(self.user, self.nulls(), strict=True))
 
 
 class UserCrossAttention(nn.Module):

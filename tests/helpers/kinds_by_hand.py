@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from comfyui_psa.adapter import AdapterConfig, EncoderSpec, GatedSpec, PSAAdapter, TextSpec
+from comfyui_psa.profiles import SafetyEmbedding
 
 EMBEDDING_DIM = 12
 GATED = GatedSpec(num_tokens=3, token_dim=10, heads=4, head_dim=5)
@@ -37,6 +38,13 @@ def kinds_adapter(hidden_sizes: tuple[int, ...], context_dim: int, seed: int = 0
     adapter.embedding_mean.copy_(torch.randn(EMBEDDING_DIM, generator=generator))
     adapter.embedding_std.copy_(torch.rand(EMBEDDING_DIM, generator=generator) + 0.5)
     return adapter
+
+
+def users(*numbers: int) -> SafetyEmbedding:
+    """Embeddings of simulated users by number."""
+    return SafetyEmbedding(
+        torch.stack([torch.randn(EMBEDDING_DIM, generator=torch.Generator().manual_seed(n)) for n in numbers])
+    )
 
 
 def user_tokens(weights: Mapping[str, Tensor], adapter: PSAAdapter, embedding: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_testing import ROUNDING, TINY, conditioning, denoise, difference, noise
-from kinds_by_hand import EMBEDDING_DIM, GATED, TEXT, changed_text, kinds_adapter
+from kinds_by_hand import GATED, TEXT, changed_text, kinds_adapter, users
 from neighbours import like_attention_couple
 from torch import Tensor
 
@@ -18,7 +18,6 @@ from comfyui_psa.nodes import PSAExtension
 from comfyui_psa.nodes.apply import apply_psa
 from comfyui_psa.nodes.explanation import END_OF_PROMPT, changes_in_picture, changes_of_words, in_words
 from comfyui_psa.nodes.patch import patches_of, without
-from comfyui_psa.profiles import SafetyEmbedding
 
 PROMPT = "a house in a (meadow:1.2) with a ring"
 WIDTH = 128
@@ -39,12 +38,6 @@ def loaded(nodes: dict[str, Any]) -> tuple[ModelPatcher, Any, Any]:
 @pytest.fixture(scope="module")
 def adapter() -> PSAAdapter:
     return kinds_adapter((), WIDTH, text=TEXT)
-
-
-def users(*numbers: int) -> SafetyEmbedding:
-    return SafetyEmbedding(
-        torch.stack([torch.randn(EMBEDDING_DIM, generator=torch.Generator().manual_seed(n)) for n in numbers])
-    )
 
 
 def encoded(clip: Any, text: str) -> list[list[Any]]:

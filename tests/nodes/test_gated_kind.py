@@ -9,13 +9,12 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_testing import ROUNDING, TIMESTEP, TINY, comfy_model, conditioning, denoise, difference, noise, sigma_at
 from diffusers_testing import diffusers_unet
-from kinds_by_hand import EMBEDDING_DIM, GATED, kinds_adapter, with_gated_users
+from kinds_by_hand import GATED, kinds_adapter, users, with_gated_users
 from neighbours import like_attention_couple, like_ip_adapter
 from torch import Tensor
 
 from comfyui_psa.adapter import PSAAdapter, find_sites
 from comfyui_psa.nodes.apply import apply_psa
-from comfyui_psa.profiles import SafetyEmbedding
 
 POSITIVE, NEGATIVE = conditioning(TINY, 1), conditioning(TINY, 2)
 LATENT = noise(2, 4, 8, 8)
@@ -26,12 +25,6 @@ CFG = 4.0
 def adapter(model: ModelPatcher) -> PSAAdapter:
     sizes = tuple(site.hidden_size for site in find_sites(model.model.diffusion_model))
     return kinds_adapter(sizes, TINY.context_dim, gated=GATED)
-
-
-def users(*numbers: int) -> SafetyEmbedding:
-    return SafetyEmbedding(
-        torch.stack([torch.randn(EMBEDDING_DIM, generator=torch.Generator().manual_seed(n)) for n in numbers])
-    )
 
 
 def run(patcher: ModelPatcher, cfg: float = CFG, latent: Tensor = LATENT) -> Tensor:

@@ -21,12 +21,11 @@ from comfy_testing import (
     sigma_at,
     unet_weights,
 )
-from kinds_by_hand import EMBEDDING_DIM, MLP, TEXT, changed_text, kinds_adapter
+from kinds_by_hand import MLP, TEXT, changed_text, kinds_adapter, users
 from neighbours import like_attention_couple
 
 from comfyui_psa.adapter import AdapterError, PSAAdapter, TextSpec
 from comfyui_psa.nodes.apply import apply_psa
-from comfyui_psa.profiles import SafetyEmbedding
 
 Conditioning = list[list[Any]]
 
@@ -38,12 +37,6 @@ CFG = 4.0
 @pytest.fixture(scope="module", params=[TEXT, MLP], ids=["attention", "mlp"])
 def adapter(request: pytest.FixtureRequest) -> PSAAdapter:
     return kinds_adapter((), TINY.context_dim, text=request.param)
-
-
-def users(*numbers: int) -> SafetyEmbedding:
-    return SafetyEmbedding(
-        torch.stack([torch.randn(EMBEDDING_DIM, generator=torch.Generator().manual_seed(n)) for n in numbers])
-    )
 
 
 def by_hand(adapter: PSAAdapter, prompts: Conditioning, user: int = 0) -> Conditioning:

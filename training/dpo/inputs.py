@@ -62,8 +62,7 @@ def guided_inputs(effect: UserEffect | None, negative: Text, positive: Text) -> 
         positive = positive.of_users(effect.text)
     vectors: tuple[Tensor, ...] = ()
     if effect.constant is not None:
-        nulls = effect.constant.null or [torch.zeros_like(user[0]) for user in effect.constant.user]
-        pairs = zip(nulls, effect.constant.user, strict=True)
+        pairs = zip(effect.constant.nulls(), effect.constant.user, strict=True)
         vectors = tuple(torch.cat((null.expand_as(user), user)) for null, user in pairs)
     gates = tuple(
         SiteGate(torch.cat((g.scores, g.scores)), torch.cat((torch.zeros_like(g.values), g.values)), g.sink)
