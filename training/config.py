@@ -129,6 +129,9 @@ class LossSection(Section):
     user_dropout: Share = Field(0.1, description="share of pairs seen as the null user; 0 is the paper")
     noise_offset: NonNegativeFloat = 0.0
     winner_anchor: NonNegativeFloat = Field(0.0, description="how much it counts if a chosen image gets worse")
+    keep_agreed: bool = Field(
+        False, description="pairs that the base itself ranks rightly ask for the base; as strong as winner_anchor"
+    )
     safeguard: float | None = Field(
         None, ge=0, lt=1, description="Diffusion-SDPO: rejected images do not make chosen ones worse; its slack, from 0"
     )
@@ -255,7 +258,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         TrainingError: the file is missing or no TOML, or a key or value is wrong; every problem is named.
     """
-    values = _read_toml(path)
+    values = read_toml(path)
     for override in overrides:
         _override(values, override)
     try:
@@ -265,7 +268,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise TrainingError(f"{path} is not a training configuration:\n{problems}") from None
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file, or a ready configuration by its name; raise TrainingError if it is missing or damaged."""
     ready = CONFIGS / f"{path.stem}.toml"
     if not path.is_file() and path.parent == Path() and ready.is_file():
         path = ready

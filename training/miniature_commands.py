@@ -23,6 +23,10 @@ miniature_app = typer.Typer(help="The miniature: a small text-to-image model of 
 _Work = Annotated[Path, typer.Option(help="Where an interrupted run goes on from.")]
 _Seed = Annotated[int, typer.Option(help="The same seed gives the same pictures, people and weights.")]
 _Base = Annotated[Path, typer.Option(help="The miniature's folder.")]
+_Models = Annotated[
+    list[Path] | None, typer.Option(help="A folder of language models, for adapters that name one (repeatable).")
+]
+_MODELS = (Path("models/LLM"),)
 
 
 @miniature_app.command("train-base")
@@ -85,22 +89,50 @@ def evaluate(
     base: _Base = MINIATURE,
     static: Annotated[Path | None, typer.Option(help="A static adapter to compare with.")] = None,
     per_cell: Annotated[int, typer.Option(min=2, help="Pictures in each cell.")] = 300,
-    work: _Work = Path("runs/miniature/counted"),
-    models: Annotated[
-        list[Path] | None, typer.Option(help="A folder of language models, for adapters that name one (repeatable).")
+    strengths: Annotated[
+        list[float] | None, typer.Option("--strength", help="Of the adapters, 1 by default (repeatable).")
     ] = None,
+    seen: Annotated[bool, typer.Option(help="Ask people of the training, too.")] = True,
+    likeness: Annotated[
+        int, typer.Option(min=0, help="Pictures in each cell to compare with the base's; 0: do not compare.")
+    ] = 0,
+    work: _Work = Path("runs/miniature/counted"),
+    models: _Models = None,
 ) -> None:
     """Measure adapters against the base, a negative prompt and a static adapter."""
     with _recipe() as progress:
+        from .miniature.adapters import Asked, write_results
         from .miniature.adapters import evaluate as recipe
-        from .miniature.adapters import write_results
 
         output.parent.mkdir(parents=True, exist_ok=True)
-        results = recipe(
-            base, [_named(text) for text in adapters], static, per_cell, models or (Path("models/LLM"),), work, progress
-        )
+        asked = Asked(per_cell, tuple(strengths or (1.0,)), seen, likeness)
+        named = [_named(text) for text in adapters]
+        results = recipe(base, named, static, asked, models or _MODELS, work, progress)
         write_results(results, output)
     Console(highlight=False, soft_wrap=True).print(results["markdown"], markup=False)
+
+
+@miniature_app.command()
+def ablation(
+    output: Annotated[Path, typer.Option(help="The results to write, .json; tables and curves go beside it.")],
+    plan: Annotated[
+        Path | None, typer.Option(help="What to train and to compare, by default training/miniature/ablation.toml.")
+    ] = None,
+    base: _Base = MINIATURE,
+    work: Annotated[Path, typer.Option(help="Trainings and counts go here, and are not made again.")] = Path(
+        "runs/miniature"
+    ),
+    models: _Models = None,
+) -> None:
+    """Train adapters of several kinds, with several losses and seeds, and compare them on unseen people."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with _recipe() as progress:
+        from .miniature.ablation import PLAN, load_ablation, run_ablation
+
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with interruptions(console):
+            table = run_ablation(load_ablation(plan or PLAN), base, work, models or _MODELS, output, console, progress)
+    Console(highlight=False, soft_wrap=True).print(table, markup=False)
 
 
 def _named(text: str) -> tuple[str, Path]:

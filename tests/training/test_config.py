@@ -256,7 +256,7 @@ def test_a_ready_configuration_is_found_by_name(name: str, tmp_path: Path, monke
 def test_a_missing_file_is_named_together_with_the_ready_ones(tmp_path: Path) -> None:
     message = _refusal(tmp_path / "psa-sd15.toml")  # not by its path
     assert str(tmp_path / "psa-sd15.toml") in message
-    assert "one of miniature, psa-sd15, psa-sd15-text, psa-sdxl, psa-sdxl-text." in message
+    assert "one of miniature, psa-sd15, psa-sd15-combined, psa-sd15-text, psa-sdxl, psa-sdxl-combined, " in message
 
 
 @pytest.mark.parametrize("content", [b"[model\n", b"\xff\xfe", b"steps = 1\nsteps = 2\n"])

@@ -20,10 +20,10 @@ from training_testing import CONTEXT, DIM, pair_batch, tiny_adapter, tiny_unet
 from comfyui_psa.adapter import AdapterError, PSAAdapter
 from comfyui_psa.training.config import LossSection, ModelSection
 from comfyui_psa.training.dpo.denoising import PairBatch, pair_errors, prediction_target
-from comfyui_psa.training.dpo.inputs import Text, UserInputs
+from comfyui_psa.training.dpo.inputs import Text, UNetInputs
 from comfyui_psa.training.dpo.loss import PairErrors, diffusion_dpo_loss
 from comfyui_psa.training.dpo.policy import Policy, configure_unet
-from comfyui_psa.training.dpo.trainable import UserEffects, standardise
+from comfyui_psa.training.dpo.trainable import TrainableAdapter, standardise
 
 BETA = 5000.0
 
@@ -32,7 +32,7 @@ def policy_for(unet: UNet2DConditionModel, adapter: PSAAdapter, **scheduler: obj
     return Policy(unet, DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False, **scheduler), adapter)
 
 
-def dpo(policy: Policy, effects: UserEffects, batch: PairBatch, beta: float = BETA) -> Tensor:
+def dpo(policy: Policy, effects: TrainableAdapter, batch: PairBatch, beta: float = BETA) -> Tensor:
     reference = policy.reference_errors(batch)
     with policy.errors(effects, batch) as model:
         return diffusion_dpo_loss(model, reference, beta).loss
@@ -60,7 +60,7 @@ def test_the_loss_is_the_papers_by_hand() -> None:
 def test_the_loss_at_step_0_is_ln_2(dtype: torch.dtype, sdxl: bool) -> None:
     unet = tiny_unet(sdxl).to(dtype)
     adapter = tiny_adapter(unet)
-    loss = dpo(policy_for(unet, adapter), UserEffects(adapter), pair_batch(sdxl=sdxl, dropped=(1,)))
+    loss = dpo(policy_for(unet, adapter), TrainableAdapter(adapter), pair_batch(sdxl=sdxl, dropped=(1,)))
     assert loss.dtype == torch.float32
     assert torch.equal(loss, torch.full_like(loss, math.log(2)))
 
@@ -70,7 +70,7 @@ def test_errors_of_a_pair_are_those_of_each_image_alone() -> None:
     unet = tiny_unet()
     adapter = tiny_adapter(unet, trained=True)
     policy, batch = policy_for(unet, adapter), pair_batch()
-    with torch.no_grad(), policy.errors(UserEffects(adapter), batch) as model:
+    with torch.no_grad(), policy.errors(TrainableAdapter(adapter), batch) as model:
         pass
     alphas = DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod
     for i in range(3):
@@ -78,7 +78,7 @@ def test_errors_of_a_pair_are_those_of_each_image_alone() -> None:
         for images, found in ((batch.chosen, model.chosen), (batch.rejected, model.rejected)):
             alpha = alphas[batch.timesteps[i]]
             noisy = alpha.sqrt() * images[i] + (1 - alpha).sqrt() * batch.noise[i]
-            with torch.no_grad(), policy.applied(UserInputs(Text(batch.text), vectors)):
+            with torch.no_grad(), policy.applied(UNetInputs(Text(batch.text), vectors)):
                 predicted = unet(noisy[None], batch.timesteps[i], batch.text[i : i + 1]).sample[0]
             assert float(found[i]) == pytest.approx(float(F.mse_loss(predicted, batch.noise[i])), rel=1e-5)
 
@@ -89,9 +89,9 @@ def test_without_vectors_the_unet_is_the_base_bit_for_bit() -> None:
     policy = policy_for(unet, tiny_adapter(unet, trained=True))
     assert torch.equal(unet(batch.chosen, 10, batch.text).sample, before)
     zero = [torch.zeros(3, site.to_v_user.out_features) for site in tiny_adapter(unet).sites]
-    with policy.applied(UserInputs(Text(batch.text), tuple(zero))):
+    with policy.applied(UNetInputs(Text(batch.text), tuple(zero))):
         assert torch.equal(unet(batch.chosen, 10, batch.text).sample, before)
-    with policy.applied(UserInputs(Text(batch.text), tuple(vector + 1 for vector in zero))):
+    with policy.applied(UNetInputs(Text(batch.text), tuple(vector + 1 for vector in zero))):
         assert not torch.equal(unet(batch.chosen, 10, batch.text).sample, before)
     assert torch.equal(unet(batch.chosen, 10, batch.text).sample, before)
 
@@ -122,7 +122,7 @@ def test_gradients_are_those_of_true_two_branch_attention(checkpointing: bool) -
         unet.enable_gradient_checkpointing()
     ours = tiny_adapter(unet, trained=True)
     policy = policy_for(unet, ours)
-    effects = UserEffects(ours)
+    effects = TrainableAdapter(ours)
     effects.double()
     with policy.applied(effects(batch.embedding, batch.dropped, Text(batch.text))):
         loss(errors(unet)).backward()
@@ -149,7 +149,7 @@ def test_gradients_reach_the_adapter_and_nothing_else() -> None:
     unet = tiny_unet(sdxl=True)
     adapter = tiny_adapter(unet, trained=True)
     batch = replace(pair_batch(sdxl=True), chosen=pair_batch().chosen.requires_grad_())
-    dpo(policy_for(unet, adapter), UserEffects(adapter), batch, beta=10.0).mean().backward()
+    dpo(policy_for(unet, adapter), TrainableAdapter(adapter), batch, beta=10.0).mean().backward()
     assert all(parameter.grad is None for parameter in unet.parameters())
     assert all(bool(parameter.grad.abs().sum() > 0) for parameter in adapter.parameters())
 
@@ -157,7 +157,7 @@ def test_gradients_reach_the_adapter_and_nothing_else() -> None:
 def test_everything_trained_is_float32_under_a_bf16_unet() -> None:
     unet = tiny_unet().to(torch.bfloat16)
     adapter = tiny_adapter(unet, trained=True).to(torch.bfloat16)
-    effects = UserEffects(adapter)
+    effects = TrainableAdapter(adapter)
     optimizer = torch.optim.AdamW(effects.parameters(), lr=5e-6)
     before = {name: parameter.clone() for name, parameter in adapter.named_parameters()}
     dpo(policy_for(unet, adapter), effects, pair_batch(), beta=10.0).mean().backward()
@@ -201,7 +201,7 @@ def test_dropped_users_are_the_null_user() -> None:
     adapter = tiny_adapter(tiny_unet(), trained=True)
     standardise(adapter, torch.randn(50, DIM) * 3 + 2)
     embedding = torch.randn(2, DIM)
-    found = UserEffects(adapter)(embedding, torch.tensor([True, False]), Text(torch.zeros(2, 5, CONTEXT))).vectors
+    found = TrainableAdapter(adapter)(embedding, torch.tensor([True, False]), Text(torch.zeros(2, 5, CONTEXT))).vectors
     expected = site_vectors(adapter, embedding[1:], null="zero_embedding")
     for vector, user, null in zip(found, expected.user, expected.null, strict=True):
         assert torch.allclose(vector[0], null, atol=1e-6)
@@ -239,7 +239,7 @@ def test_a_compiled_unet_gives_the_same_and_is_not_compiled_again() -> None:
 
     unet = tiny_unet()
     adapter = tiny_adapter(unet, trained=True)
-    policy, effects = policy_for(unet, adapter), UserEffects(adapter)
+    policy, effects = policy_for(unet, adapter), TrainableAdapter(adapter)
     batches = [pair_batch(seed=seed) for seed in (3, 4, 5)]
     plain = [dpo(policy, effects, batch) for batch in batches]
     torch._dynamo.reset()
@@ -286,7 +286,7 @@ def test_xformers_attention_gives_the_same_loss_and_gradients(
         processors = {type(processor) for processor in unet.attn_processors.values()}
         assert (processors == {attention_processor.XFormersAttnProcessor}) == xformers
         calls.clear()
-        policy, effects = policy_for(unet, adapter), UserEffects(adapter)
+        policy, effects = policy_for(unet, adapter), TrainableAdapter(adapter)
         batch = pair_batch()
         reference = policy.reference_errors(batch)
         with policy.errors(effects, batch) as model:
@@ -305,7 +305,7 @@ def test_the_safeguard_scales_the_gradient_of_each_rejected_image_by_its_residua
     """By hand from what the UNet predicted; noise is the target."""
     unet = tiny_unet()
     adapter, batch = tiny_adapter(unet, trained=True), pair_batch(8)
-    policy, effects = policy_for(unet, adapter), UserEffects(adapter)
+    policy, effects = policy_for(unet, adapter), TrainableAdapter(adapter)
     reference = policy.reference_errors(batch)
     weights = list(adapter.sites.parameters())
     predicted: list[Tensor] = []

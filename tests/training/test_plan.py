@@ -22,7 +22,7 @@ from comfyui_psa.training.dpo.loss import PairErrors, diffusion_dpo_loss
 from comfyui_psa.training.dpo.optimizers import make_optimizer
 from comfyui_psa.training.dpo.plan import Memory, plan, to_toml
 from comfyui_psa.training.dpo.policy import DTYPES, Policy
-from comfyui_psa.training.dpo.trainable import UserEffects
+from comfyui_psa.training.dpo.trainable import TrainableAdapter
 
 SD15: dict[str, Any] = {
     "block_out_channels": (320, 640, 1280, 1280),
@@ -185,7 +185,7 @@ def test_activations_are_what_a_real_step_keeps(
     batch = real_batch(base, pairs, 8, dim)
     known = [*unet.parameters(), *unet.buffers(), *adapter.parameters(), *adapter.buffers()]
     reference = PairErrors(*torch.rand(2, pairs))
-    with Measured(known) as measured, policy.errors(UserEffects(adapter), batch) as errors:
+    with Measured(known) as measured, policy.errors(TrainableAdapter(adapter), batch) as errors:
         loss = diffusion_dpo_loss(errors, reference, 5000.0).loss.mean()
     found = measured.bytes
     assert loss.requires_grad
@@ -214,7 +214,7 @@ def test_recomputed_is_the_largest_layer_alone(bases: dict[str, BaseModel], fami
         return result
 
     unet.enable_gradient_checkpointing(layer)
-    with policy.errors(UserEffects(adapter), real_batch(base, pairs, 8, dim)):
+    with policy.errors(TrainableAdapter(adapter), real_batch(base, pairs, 8, dim)):
         pass
     estimate = plan(config, base, 1, dim).memory
     assert max(sizes) > 0

@@ -129,8 +129,8 @@ def test_what_is_missing_is_one_sentence(
 def test_a_missing_configuration_is_one_sentence(tmp_path: Path) -> None:
     message = _sentence(command(["missing.toml"], tmp_path))
     assert message == (
-        "psa: There is no configuration missing.toml. Name a TOML file, or one of miniature, psa-sd15, psa-sd15-text, "
-        "psa-sdxl, psa-sdxl-text."
+        "psa: There is no configuration missing.toml. Name a TOML file, or one of miniature, psa-sd15, "
+        "psa-sd15-combined, psa-sd15-text, psa-sdxl, psa-sdxl-combined, psa-sdxl-text."
     )
 
 

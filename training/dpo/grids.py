@@ -16,7 +16,7 @@ from ...adapter import UserEffect
 from ..base import BaseModel, TextEmbedding
 from ..config import ValidationSection
 from ..lettering import font, wrapped
-from .inputs import Text, UserInputs, guided_inputs
+from .inputs import Text, UNetInputs, guided_inputs
 from .policy import Policy
 
 _MARGIN, _GAP, _SIDE, _LINE = 20, 10, 200, 21
@@ -69,7 +69,7 @@ def _text(embedding: TextEmbedding, device: torch.device) -> Text:
 
 
 def _sample(
-    base: BaseModel, policy: Policy, inputs: UserInputs, noise: Tensor, config: ValidationSection, resolution: int
+    base: BaseModel, policy: Policy, inputs: UNetInputs, noise: Tensor, config: ValidationSection, resolution: int
 ) -> Tensor:
     """Return latents ``[1, channels, height, width]`` for one prompt and one user."""
     sampler = base.sampler()  # it remembers earlier steps, so each picture has its own

@@ -16,9 +16,10 @@ class Text(NamedTuple):
     hidden: Tensor
     pooled: Tensor | None = None
 
-    def of_users(self, users: UserText) -> Text:
+    def of_users(self, users: UserText, strength: float = 1.0) -> Text:
         """Return the users' versions of it, one user for each row."""
-        return Text(users.tokens(self.hidden), None if self.pooled is None else users.pooled(self.pooled))
+        pooled = None if self.pooled is None else users.pooled(self.pooled, strength)
+        return Text(users.tokens(self.hidden, strength), pooled)
 
     def repeated(self, times: int) -> Text:
         """Return it several times, one behind the other."""
@@ -35,40 +36,41 @@ class Text(NamedTuple):
         return {"added_cond_kwargs": {"text_embeds": self.pooled.to(dtype), "time_ids": time_ids.repeat(times, 1)}}
 
 
-class UserInputs(NamedTuple):
+class UNetInputs(NamedTuple):
     """Of ``n`` pictures: ``vectors[i]`` is ``[n, hidden_i]``, ``gates[i]`` of ``n`` users; what is missing is empty."""
 
     text: Text
     vectors: tuple[Tensor, ...] = ()
     gates: tuple[SiteGate, ...] = ()
 
-    def repeated(self, times: int) -> UserInputs:
+    def repeated(self, times: int) -> UNetInputs:
         """Return a batch that is this one several times."""
         gates = tuple(SiteGate(g.scores.repeat(times, 1, 1), g.values.repeat(times, 1, 1), g.sink) for g in self.gates)
-        return UserInputs(self.text.repeated(times), tuple(v.repeat(times, 1) for v in self.vectors), gates)
+        return UNetInputs(self.text.repeated(times), tuple(v.repeat(times, 1) for v in self.vectors), gates)
 
 
-def guided_inputs(effect: UserEffect | None, negative: Text, positive: Text) -> UserInputs:
+def guided_inputs(effect: UserEffect | None, negative: Text, positive: Text, strength: float = 1.0) -> UNetInputs:
     """Return a batch for classifier-free guidance: the unconditional half, then the users' own.
 
     Args:
         effect: of as many users as there are prompts, on the device of the text; None for the base.
         negative: the prompts of the unconditional half.
         positive: the prompts of the users.
+        strength: how much of the effect; 0 gives the base.
     """
     if effect is None:
-        return UserInputs(_joined(negative, positive))
+        return UNetInputs(_joined(negative, positive))
     if effect.text is not None:
-        positive = positive.of_users(effect.text)
+        positive = positive.of_users(effect.text, strength)
     vectors: tuple[Tensor, ...] = ()
     if effect.constant is not None:
         pairs = zip(effect.constant.nulls(), effect.constant.user, strict=True)
-        vectors = tuple(torch.cat((null.expand_as(user), user)) for null, user in pairs)
+        vectors = tuple(strength * torch.cat((null.expand_as(user), user)) for null, user in pairs)
     gates = tuple(
-        SiteGate(torch.cat((g.scores, g.scores)), torch.cat((torch.zeros_like(g.values), g.values)), g.sink)
+        SiteGate(torch.cat((g.scores, g.scores)), torch.cat((torch.zeros_like(g.values), strength * g.values)), g.sink)
         for g in effect.gated or ()
     )
-    return UserInputs(_joined(negative, positive), vectors, gates)
+    return UNetInputs(_joined(negative, positive), vectors, gates)
 
 
 def _joined(first: Text, second: Text) -> Text:

@@ -26,7 +26,7 @@ from ..config import OptimizerSection, TrainConfig
 from .denoising import PairBatch
 from .loss import PairErrors, diffusion_dpo_loss
 from .policy import DTYPES, Policy
-from .trainable import UserEffects, new_adapter_config
+from .trainable import TrainableAdapter, new_adapter_config
 
 PAPER_EMBEDDING_DIM = 3584
 _TEXT_TOKENS = 77
@@ -193,7 +193,7 @@ def _activations(
 ) -> tuple[int, int]:
     """Run one training step's forward pass on the meta device; return Memory's ``activations`` and ``recomputed``."""
     policy = Policy(unet, base.noise_scheduler(), adapter)
-    effects = UserEffects(adapter)
+    effects = TrainableAdapter(adapter)
     batch = _empty_batch(config, base, adapter)
     modules = (unet, adapter)
     kept = _Kept(_storage(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers()))

@@ -17,12 +17,12 @@ from ..config import LossSection, ModelSection
 from ..errors import TrainingError
 from .attachment import Attachment
 from .denoising import PairBatch, error_weights, pair_errors
-from .inputs import Text, UserInputs
+from .inputs import Text, UNetInputs
 from .loss import DPOLoss, PairErrors, diffusion_dpo_loss, safeguarded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-Effects = Callable[[Tensor, Tensor, Text], UserInputs]
+Effects = Callable[[Tensor, Tensor, Text], UNetInputs]
 
 
 class Policy:
@@ -44,7 +44,7 @@ class Policy:
     @contextmanager
     def errors(self, effects: nn.Module | Effects, batch: PairBatch) -> Iterator[PairErrors]:
         """Yield the errors with each pair's user; the backward pass belongs into the block."""
-        inputs: UserInputs = effects(batch.embedding, batch.dropped, Text(batch.text, batch.pooled)).repeated(2)
+        inputs: UNetInputs = effects(batch.embedding, batch.dropped, Text(batch.text, batch.pooled)).repeated(2)
         with self.applied(inputs):
             yield pair_errors(self.unet, self.scheduler, batch, inputs.text)
 
@@ -53,10 +53,10 @@ class Policy:
         if section.safeguard is not None:
             model = safeguarded(model, section.safeguard)
         weights = error_weights(self.scheduler, batch.timesteps, section.timestep_weight_limit)
-        return diffusion_dpo_loss(model, reference, section.beta, section.winner_anchor, weights)
+        return diffusion_dpo_loss(model, reference, section.beta, section.winner_anchor, weights, section.keep_agreed)
 
     @contextmanager
-    def applied(self, inputs: UserInputs) -> Iterator[None]:
+    def applied(self, inputs: UNetInputs) -> Iterator[None]:
         """Let the UNet's layers add what users add, within the block; the text is the caller's to hand over."""
         with self._attachment.applied(inputs.vectors, inputs.gates):
             yield

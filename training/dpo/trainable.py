@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from ...adapter import AdapterConfig, EncoderSpec, PSAAdapter, family_name, find_sites
 from ..base import BaseModel
 from ..config import AdapterSection
-from .inputs import Text, UserInputs
+from .inputs import Text, UNetInputs
 
 # Entries of an embedding that hardly differ between users carry nothing: they are left unscaled.
 _SMALLEST_DEVIATION = 1e-6
 
 
-class UserEffects(nn.Module):
+class TrainableAdapter(nn.Module):
     """An adapter as a function of a batch of users, some of them the null user, and of their prompts.
 
     The UNet is no part of it: gradients reach the adapter through what it hands over, so data parallel wrappers
@@ -26,7 +26,7 @@ class UserEffects(nn.Module):
         super().__init__()
         self.adapter = adapter.float().requires_grad_(True).train()
 
-    def forward(self, embedding: Tensor, dropped: Tensor, text: Text) -> UserInputs:
+    def forward(self, embedding: Tensor, dropped: Tensor, text: Text) -> UNetInputs:
         """Map users ``[n, embedding_dim]``, whether they are dropped ``[n]``, and their prompts to what the UNet gets.
 
         A dropped user is the null user: of the constant kind the projection of a zero (standardised) embedding, and
@@ -39,12 +39,12 @@ class UserEffects(nn.Module):
             gate._replace(values=gate.values.masked_fill(dropped[:, None, None], 0)) for gate in effect.gated or ()
         )
         if effect.text is None:
-            return UserInputs(text, vectors, gates)
+            return UNetInputs(text, vectors, gates)
         hidden, pooled = text.of_users(effect.text)
         kept = torch.where(dropped[:, None, None], text.hidden, hidden)
         if pooled is not None and text.pooled is not None:
             pooled = torch.where(dropped[:, None], text.pooled, pooled)
-        return UserInputs(Text(kept, pooled), vectors, gates)
+        return UNetInputs(Text(kept, pooled), vectors, gates)
 
 
 def new_adapter_config(

@@ -25,7 +25,7 @@ from .metrics import MetricsFile, PairRecords, Unlogged, adapter_norms, device_m
 from .optimizers import make_optimizer, make_schedule
 from .policy import Policy, RememberedReference
 from .signals import StopSignals
-from .trainable import UserEffects
+from .trainable import TrainableAdapter
 from .validation import Validation
 
 
@@ -57,7 +57,7 @@ class Trainer:
         self._batches = batches
         self._validation = validation
         section = config.optimizer
-        effects = UserEffects(adapter.to(accelerator.device))
+        effects = TrainableAdapter(adapter.to(accelerator.device))
         optimizer = make_optimizer(effects.parameters(), section, accelerator.device)
         if (deepspeed := accelerator.state.deepspeed_plugin) is not None:
             # It takes the batch size from a data loader, and there is none; and it clips by itself.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,27 @@ from ..errors import DataError, TrainingError
 from ..train import train
 from . import PAIRS, PEOPLE, SEED
 from .cases import draw_cases
-from .evaluation import draw_all
-from .methods import Method
+from .evaluation import compare_all, draw_all, studios
+from .kept import Kept
+from .methods import BASE, NEGATIVE_PROMPT, Method
 from .pairs import draw_folder
 from .recipe import DETECTOR, read_figures
-from .results import detector_line, differences, tabulate, to_json, to_markdown
+from .results import LIKENESS, Table, detector_line, differences, tabulate, tabulate_likeness, to_json, to_markdown
 
-_BASE, _NEGATIVE, _STATIC = "base", "negative prompt", "static"
+_STATIC = "static"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What adapters are asked: pictures in each cell, at which strengths, of seen people as well or unseen ones alone.
+
+    ``likeness`` is the number of pictures in each cell that are compared with the base's; 0 for none.
+    """
+
+    per_cell: int = 300
+    strengths: tuple[float, ...] = (1.0,)
+    seen: bool = True
+    likeness: int = 0
 
 
 def train_adapter(
@@ -56,7 +72,7 @@ def train_adapter(
         f"data.train={pairs}",
         f"data.cache={work / 'cache'}",
         f"run.output={work / name}",
-        f"adapter.name={name}_miniature",
+        f"adapter.name={Path(name).name}_miniature",
     )
     return train(load_config(Path("miniature"), (*settings, *overrides)), console)
 
@@ -75,7 +91,7 @@ def evaluate(
     base: Path,
     adapters: Sequence[tuple[str, Path]],
     static: Path | None,
-    per_cell: int,
+    asked: Asked,
     language_models: Sequence[Path],
     work: Path,
     progress: Progress,
@@ -90,34 +106,53 @@ def evaluate(
     """
     detector = read_figures(base)["detector"]
     _check_adapters(base, adapters, static)
-    baselines = [Method(_BASE), Method(_NEGATIVE, negative_prompt=True)]
+    methods = {method.name: [method] for method in (BASE, NEGATIVE_PROMPT)}
     if static is not None:
-        baselines.append(Method(_STATIC, adapter=static, everyone=find_level("L5").profile))
-    runs = [Method(f"{name}, run {number}", adapter=path) for number, (name, path) in enumerate(adapters)]
-    cases = draw_cases(per_cell, PEOPLE, SEED)
-    outcomes = draw_all([*baselines, *runs], cases, base, base / DETECTOR, progress, language_models, work)
-    together = {method.name: [outcomes[method.name]] for method in baselines}
-    for (name, _), run in zip(adapters, runs, strict=True):
-        together.setdefault(name, []).append(outcomes[run.name])
-    shares = {name: tabulate(found) for name, found in together.items()}
-    above = {name: differences(found, outcomes[_BASE]) for name, found in together.items() if name != _BASE}
+        methods[_STATIC] = [Method(_STATIC, adapter=static, everyone=find_level("L5").profile)]
+    for number, ((name, path), strength) in enumerate(product(adapters, asked.strengths)):
+        title = name if len(asked.strengths) == 1 else f"{name}, strength {strength:g}"
+        methods.setdefault(title, []).append(Method(f"{title}, run {number}", adapter=path, strength=strength))
+    runs = [run for together in methods.values() for run in together]
+    cases = [case for case in draw_cases(asked.per_cell, PEOPLE, SEED) if case.unseen or asked.seen]
+    free = [case for case in draw_cases(asked.likeness, PEOPLE, SEED) if case.unseen and not case.banned]
+    with studios(base, base / DETECTOR, language_models) as pool:
+        drawn = draw_all(pool, runs, cases, progress, Kept(work, base, base / DETECTOR))
+        compared = compare_all(pool, runs, free, progress) if free else {}
+    outcomes = {name: [drawn[run.name] for run in together] for name, together in methods.items()}
+    shares = {name: tabulate(found) for name, found in outcomes.items()}
+    above = {name: differences(found, drawn[BASE.name]) for name, found in outcomes.items() if name != BASE.name}
+    alike: dict[str, Table] = {}
+    if free:
+        alike = {
+            name: tabulate_likeness([compared[run.name] for run in together], free)
+            for name, together in methods.items()
+        }
     parts = (
         to_markdown(shares),
         "Against the base, case by case, in points:\n",
         to_markdown(above, ("kept", "object")),
+        *_likeness_part(alike),
         f"{detector_line(detector)}\n",
     )
     return {
         "shares": to_json(shares),
         "differences": to_json(above),
+        "likeness": to_json(alike),
         "detector": detector,
         "markdown": "\n".join(parts),
     }
 
 
+def _likeness_part(alike: Mapping[str, Table]) -> tuple[str, ...]:
+    if not alike:
+        return ()
+    title = "How alike pictures are to the base's where nothing banned is asked for (SSIM; 100 is the same picture):\n"
+    return title, to_markdown(alike, (LIKENESS,))
+
+
 def _check_adapters(base: Path, adapters: Sequence[tuple[str, Path]], static: Path | None) -> None:
     """Refuse at once what would only be found after an hour."""
-    reserved = sorted({name for name, _ in adapters} & {_BASE, _NEGATIVE, _STATIC})
+    reserved = sorted({name for name, _ in adapters} & {BASE.name, NEGATIVE_PROMPT.name, _STATIC})
     if reserved:
         raise TrainingError(f'"{reserved[0]}" is the name of a baseline. Choose another name for that adapter.')
     sites = find_sites(open_base(base).empty_unet())

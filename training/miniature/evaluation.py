@@ -1,14 +1,16 @@
-"""Lets every method draw every case, and the detector look at the pictures."""
+"""Lets every method draw every case, lets the detector look at the pictures, and compares them with the base's."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import PIL.Image
 import torch
 from rich.progress import Progress
 from torch import Tensor
@@ -20,13 +22,16 @@ from ..data.users import encoder_of
 from .captions import avoiding
 from .cases import Case, noise
 from .detector import Detector, Sighting, load_detector
-from .kept import Kept
-from .methods import Method
+from .kept import Kept, case_key
+from .likeness import likeness
+from .methods import BASE, Method
 from .people import banned
 from .sampling import CPU, Painter
 
+_Batch = tuple[Method, Sequence[Case]]
+
 _BATCH = 32
-_KEPT_EVERY = 20 * _BATCH
+_KEPT_EVERY = 20  # batches
 
 
 @dataclass(frozen=True)
@@ -75,16 +80,24 @@ class Studio:
         self._encoders: dict[EncoderSpec, Encoder] = {}
         self._embeddings: dict[tuple[EncoderSpec, str], Tensor] = {}
 
-    @torch.no_grad()
     def draw(self, method: Method, cases: Sequence[Case]) -> list[Outcome]:
         """Return what the method makes of the cases."""
-        images = self._painter.paint(
+        seen = self._detector.see(self._paint(method, cases))
+        return [Outcome(case, sighting) for case, sighting in zip(cases, seen, strict=True)]
+
+    def compare(self, method: Method, cases: Sequence[Case]) -> list[float]:
+        """Return how alike the method's pictures are to the base's, see ``likeness``."""
+        return likeness(self._paint(method, cases), self._paint(BASE, cases))
+
+    @torch.no_grad()
+    def _paint(self, method: Method, cases: Sequence[Case]) -> list[PIL.Image.Image]:
+        return self._painter.paint(
             [case.caption for case in cases],
             noise(cases),
             negative=_negative(cases) if method.negative_prompt else None,
             people=self._effect(method, cases),
+            strength=method.strength,
         )
-        return [Outcome(case, sighting) for case, sighting in zip(cases, self._detector.see(images), strict=True)]
 
     def _effect(self, method: Method, cases: Sequence[Case]) -> UserEffect | None:
         if method.adapter is None:
@@ -105,44 +118,53 @@ class Studio:
         return self._embeddings[key]
 
 
-def draw_all(
-    methods: Sequence[Method],
-    cases: Sequence[Case],
-    base: Path,
-    detector: Path,
-    progress: Progress,
-    language_models: Sequence[Path] = (),
-    work: Path | None = None,
-) -> dict[str, list[Outcome]]:
-    """Return the outcomes of every method, by its name.
-
-    Each core of the machine draws for itself; they share a CUDA device if there is one. What is found is kept in
-    ``work``, and what is found there already is not drawn again.
-    """
-    task = progress.add_task("Drawing", total=len(methods) * len(cases), state="")
-    kept = Kept(work, base, detector, cases) if work else None
-    seen = {method.name: kept.read(method) if kept else [] for method in methods}
-    progress.update(task, advance=sum(map(len, seen.values())))
-    batches = [
-        (method, cases[start : start + _BATCH])
-        for method in methods
-        for start in range(len(seen[method.name]), len(cases), _BATCH)
-    ]
-    for method, found in _drawn(batches, (base, detector, tuple(language_models))):
-        sightings = seen[method.name]
-        sightings += found
-        progress.update(task, advance=len(found), state=method.name)
-        if kept and (len(sightings) == len(cases) or len(sightings) % _KEPT_EVERY == 0):
-            kept.write(method, sightings)
-    return {name: list(map(Outcome, cases, sightings)) for name, sightings in seen.items()}
-
-
-def _drawn(
-    batches: Sequence[tuple[Method, Sequence[Case]]], files: tuple[Path, Path, tuple[Path, ...]]
-) -> Iterator[tuple[Method, list[Sighting]]]:
+@contextmanager
+def studios(base: Path, detector: Path, language_models: Sequence[Path] = ()) -> Iterator[Executor]:
+    """Yield a studio for each core of the machine; they share a CUDA device if there is one."""
     # Small models are far faster on one thread each than on all of them together.
+    files = base, detector, tuple(language_models)
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _open_studio, files) as pool:
-        yield from pool.map(_draw, batches)
+        yield pool
+
+
+def draw_all(
+    pool: Executor, methods: Sequence[Method], cases: Sequence[Case], progress: Progress, kept: Kept
+) -> dict[str, list[Outcome]]:
+    """Return the outcomes of every method, by its name; what is ``kept`` already is not drawn again."""
+    keys = [case_key(case) for case in cases]
+    seen = {method.name: kept.read(method) for method in methods}
+    missing = {
+        name: [case for key, case in zip(keys, cases, strict=True) if key not in found] for name, found in seen.items()
+    }
+    batches = [batch for method in methods for batch in _batches(method, missing[method.name])]
+    drawn = sum(len(found) for found in missing.values())
+    task = progress.add_task("Drawing", total=len(methods) * len(cases), state="")
+    progress.update(task, advance=len(methods) * len(cases) - drawn)
+    for number, ((method, asked), found) in enumerate(zip(batches, pool.map(_draw, batches), strict=True), start=1):
+        seen[method.name].update(zip(map(case_key, asked), found, strict=True))
+        progress.update(task, advance=len(found), state=method.name)
+        if number % _KEPT_EVERY == 0 or asked[-1] is missing[method.name][-1]:
+            kept.write(method, seen[method.name])
+    return {
+        name: [Outcome(case, found[key]) for key, case in zip(keys, cases, strict=True)] for name, found in seen.items()
+    }
+
+
+def compare_all(
+    pool: Executor, methods: Sequence[Method], cases: Sequence[Case], progress: Progress
+) -> dict[str, list[float]]:
+    """Return for every method, by its name, how alike its pictures of the cases are to the base's."""
+    task = progress.add_task("Comparing with the base", total=len(methods) * len(cases), state="")
+    batches = [batch for method in methods for batch in _batches(method, cases)]
+    found: dict[str, list[float]] = {method.name: [] for method in methods}
+    for (method, _), values in zip(batches, pool.map(_compare, batches), strict=True):
+        found[method.name] += values
+        progress.update(task, advance=len(values), state=method.name)
+    return found
+
+
+def _batches(method: Method, cases: Sequence[Case]) -> list[_Batch]:
+    return [(method, cases[start : start + _BATCH]) for start in range(0, len(cases), _BATCH)]
 
 
 _studio: Studio
@@ -155,8 +177,12 @@ def _open_studio(base: Path, detector: Path, language_models: tuple[Path, ...]) 
     _studio = Studio(base, detector, language_models, device)
 
 
-def _draw(batch: tuple[Method, Sequence[Case]]) -> tuple[Method, list[Sighting]]:
-    return batch[0], [outcome.sighting for outcome in _studio.draw(*batch)]
+def _draw(batch: _Batch) -> list[Sighting]:
+    return [outcome.sighting for outcome in _studio.draw(*batch)]
+
+
+def _compare(batch: _Batch) -> list[float]:
+    return _studio.compare(*batch)
 
 
 def _negative(cases: Sequence[Case]) -> list[str]:

@@ -1,14 +1,14 @@
-"""Keeps what the detector saw, so that an interrupted evaluation goes on, and another method costs its own pictures.
+"""Keeps what the detector saw, so that an interrupted evaluation goes on, and only what is new is drawn.
 
-One JSON file for each method and set of cases: what is in the picture of the first case, the second, and so on. Its
-name is a hash of all that decides the pictures. It says nothing about people.
+One JSON file for each method, whose name is a hash of all that decides its pictures: what is in the picture of each
+case, by a hash of the case. It says nothing about people.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from ...safe_files import DAMAGE, replacing
@@ -21,9 +21,9 @@ from .sampling import GUIDANCE_SCALE, STEPS
 
 
 class Kept:
-    """Sightings of the same cases by any method."""
+    """Sightings by any method."""
 
-    def __init__(self, folder: Path, base: Path, detector: Path, cases: Sequence[Case]) -> None:
+    def __init__(self, folder: Path, base: Path, detector: Path) -> None:
         """Keep them in ``folder``, which is made.
 
         Raises:
@@ -38,23 +38,32 @@ class Kept:
             model.fingerprint("vae"),
             fingerprint([detector]),
         )
-        self._ground = repr((parts, STEPS, GUIDANCE_SCALE, cases))
+        self._ground = (parts, STEPS, GUIDANCE_SCALE)
 
-    def read(self, method: Method) -> list[Sighting]:
-        """Return the sightings of the first cases; none if there is no file, or only a damaged one."""
+    def read(self, method: Method) -> dict[str, Sighting]:
+        """Return the sightings of cases by their keys; none if there is no file, or only a damaged one."""
         try:
             rows = json.loads(self._path(method).read_text(encoding="utf-8"))
-            return [Sighting(frozenset(glyphs), frozenset(objects)) for glyphs, objects in rows]
+            return {key: Sighting(frozenset(glyphs), frozenset(objects)) for key, (glyphs, objects) in rows.items()}
         except DAMAGE:
-            return []
+            return {}
 
-    def write(self, method: Method, sightings: Sequence[Sighting]) -> None:
-        """Keep the sightings of the first cases."""
-        rows = [[sorted(seen.glyphs), sorted(seen.objects)] for seen in sightings]
+    def write(self, method: Method, sightings: Mapping[str, Sighting]) -> None:
+        """Keep the sightings of cases."""
+        rows = {key: [sorted(seen.glyphs), sorted(seen.objects)] for key, seen in sightings.items()}
         with replacing(self._path(method)) as aside:
             aside.write_text(json.dumps(rows), encoding="utf-8")
 
     def _path(self, method: Method) -> Path:
         adapter = method.adapter and fingerprint([method.adapter])
-        settings = repr((self._ground, adapter, method.negative_prompt, method.everyone))
-        return self._folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.json"
+        others = method.negative_prompt, method.everyone, method.strength
+        return self._folder / f"{_digest(self._ground, adapter, *others)}.json"
+
+
+def case_key(case: Case) -> str:
+    """Return what stands for a case in the files: the same if prompt, person and noise are."""
+    return _digest(case)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -12,10 +12,15 @@ from ...profiles import Profile
 class Method:
     """A way to follow a person's boundaries. By default none: the base model.
 
-    ``everyone`` is for a static adapter: one profile that stands for all.
+    ``everyone`` is for a static adapter: one profile that stands for all. ``strength`` is the adapter's.
     """
 
     name: str
     adapter: Path | None = None
     negative_prompt: bool = False
     everyone: Profile | None = None
+    strength: float = 1.0
+
+
+BASE = Method("base")
+NEGATIVE_PROMPT = Method("negative prompt", negative_prompt=True)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import binomtest, bootstrap
 
+from .cases import Case
 from .evaluation import Outcome
 from .people import banned
 
@@ -15,6 +16,7 @@ _RESAMPLES = 2000
 
 # The measures, in the order in which they are shown.
 MEASURES = ("suppressed", "clean", "substituted", "kept", "object")
+LIKENESS = "likeness"
 
 Outcomes = Sequence[Outcome]
 Measured = Mapping[str, float]
@@ -46,7 +48,7 @@ def tabulate(runs: Sequence[Outcomes]) -> Table:
 
     What a cell does not ask is left out: nobody is asked to keep a banned glyph.
     """
-    return _tabulate([[(outcome, _measured(outcome)) for outcome in run] for run in runs])
+    return _tabulate([[(outcome.case, _measured(outcome)) for outcome in run] for run in runs])
 
 
 def differences(runs: Sequence[Outcomes], base: Outcomes) -> Table:
@@ -57,14 +59,18 @@ def differences(runs: Sequence[Outcomes], base: Outcomes) -> Table:
         other = known[outcome.case.number]
         return {name: value - other[name] for name, value in _measured(outcome).items()}
 
-    return _tabulate([[(outcome, less(outcome)) for outcome in run] for run in runs])
+    return _tabulate([[(outcome.case, less(outcome)) for outcome in run] for run in runs])
 
 
-def _tabulate(runs: Sequence[Sequence[tuple[Outcome, Measured]]]) -> Table:
+def tabulate_likeness(runs: Sequence[Sequence[float]], cases: Sequence[Case]) -> Table:
+    """Return the mean likeness to the base's pictures in every cell, over all runs of a method."""
+    return _tabulate([[(case, {LIKENESS: value}) for case, value in zip(cases, run, strict=True)] for run in runs])
+
+
+def _tabulate(runs: Sequence[Sequence[tuple[Case, Measured]]]) -> Table:
     table: dict[Cell, dict[str, _Values]] = {}
     for number, run in enumerate(runs):
-        for outcome, measured in run:
-            case = outcome.case
+        for case, measured in run:
             cell = Cell(case.group, "unseen" if case.unseen else "seen", case.cell)
             # People with the same bans, and pictures of the same case, tell less than as many independent ones.
             cluster: Hashable = banned(case.person) if case.group == "some" else case.number

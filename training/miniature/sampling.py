@@ -55,6 +55,7 @@ class Painter:
         noise: Tensor,
         negative: Sequence[str] | None = None,
         people: UserEffect | None = None,
+        strength: float = 1.0,
         steps: int = STEPS,
     ) -> list[PIL.Image.Image]:
         """Return one picture for each prompt.
@@ -64,18 +65,21 @@ class Painter:
             noise: the initial noise, ``[pictures, channels, 12, 12]``.
             negative: negative prompts; by default empty ones.
             people: what the pictures' persons change, one each, on the painter's device; None for the base.
+            strength: of the adapter.
             steps: of DPM-Solver++ (2M), with classifier-free guidance of 3.
         """
-        texts = (Text(self._encode(names).to(self._device)) for names in (negative or [""] * len(prompts), prompts))
-        inputs = guided_inputs(people, *texts)
+        without, asked = (
+            Text(self._encode(names).to(self._device)) for names in (negative or [""] * len(prompts), prompts)
+        )
+        inputs = guided_inputs(people, without, asked, strength)
         sampler = self.base.sampler()
         sampler.set_timesteps(steps)
         latents = noise.to(self._device) * sampler.init_noise_sigma
         with self._attachment.applied(inputs.vectors, inputs.gates):
             for timestep in sampler.timesteps:
                 scaled = sampler.scale_model_input(latents.repeat(2, 1, 1, 1), timestep)
-                without, with_prompt = self._unet(scaled, timestep, inputs.text.hidden).sample.chunk(2)
-                guided = without + GUIDANCE_SCALE * (with_prompt - without)
+                unguided, with_prompt = self._unet(scaled, timestep, inputs.text.hidden).sample.chunk(2)
+                guided = unguided + GUIDANCE_SCALE * (with_prompt - unguided)
                 latents = sampler.step(guided, timestep, latents)[0]
         return to_images(self._coder.decode(latents))
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from rich.progress import Progress
 from typer.testing import CliRunner
 
+from comfyui_psa.adapter import load_adapter
 from comfyui_psa.training.base import open_base
 from comfyui_psa.training.cli import app
-from comfyui_psa.training.miniature import adapters, recipe
+from comfyui_psa.training.config import load_config
+from comfyui_psa.training.miniature import ablation, adapters, recipe
 from comfyui_psa.training.miniature.fitting import Plan
 from comfyui_psa.training.miniature.recipe import Extent, train_base
 from comfyui_psa.training.miniature.sampling import Painter
@@ -151,8 +154,82 @@ def test_an_adapter_is_trained_on_drawn_pairs_and_measured(
     assert len(counted) == 4  # the two runs are of one file
     for file in counted:  # as if it had been interrupted, and one file damaged
         rows = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text("[[" if file is counted[0] else json.dumps(rows[:32]), encoding="utf-8")
+        file.write_text("{" if file is counted[0] else json.dumps(dict([*rows.items()][:20])), encoding="utf-8")
     assert psa(*command) == shown
     for file in counted:
-        file.write_text(json.dumps([[[], []]] * len(json.loads(file.read_text(encoding="utf-8")))), encoding="utf-8")
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({key: [[], []] for key in rows}), encoding="utf-8")
     assert psa(*command) != shown  # what is kept counts, and is not drawn again
+
+    kept = {file.name for file in (work / "counted").iterdir()}
+    looked = psa(
+        "evaluate", f"PSA={ours}", "--base", base, "--per-cell", 2, "--no-seen", "--strength", 0, "--strength", 1,
+        "--likeness", 2, "--output", tmp_path / "strengths.json",
+    )  # fmt: skip
+    assert len({file.name for file in (work / "counted").iterdir()} - kept) == 1  # strength 1 is there already
+    found = json.loads((tmp_path / "strengths.json").read_text(encoding="utf-8"))
+    assert {row["people"] for row in found["shares"]} == {"unseen"}
+    alike = {(row["method"], row["group"], row["asked"]): row["value"] for row in found["likeness"]}
+    assert {method for method, *_ in alike} == {"base", "negative prompt", "PSA, strength 0", "PSA, strength 1"}
+    assert not any("banned" in asked for *_, asked in alike)
+    assert {value for (method, *_), value in alike.items() if method in ("base", "PSA, strength 0")} == {1.0}
+    assert min(value for (method, *_), value in alike.items() if method == "negative prompt") < 0.99
+    assert "SSIM" in looked
+
+
+def test_an_ablation_trains_what_is_not_there_and_compares_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(adapters, "PAIRS", 24)
+    monkeypatch.setattr(adapters, "PEOPLE", 40)
+    monkeypatch.setattr(ablation, "PEOPLE", 40)
+    short = [change for change in SHORT if not change.startswith(("run.steps", "validation.grid"))]
+    plan = {"steps": 4, "seeds": [1, 2], "per_cell": 2, "likeness": 2, "curve": 1, "checkpoints": 2}
+    variants = {"text, plain": [], "the paper's": ['adapter.kinds=["constant"]', "loss.winner_anchor=0"]}
+    lines = [f"{name} = {value}" for name, value in plan.items()]
+    for name, changes in variants.items():
+        lines += [f'[variants."{name}"]', f"set = {json.dumps([*short, *changes])}"]
+    (tmp_path / "plan.toml").write_text("\n".join(lines), encoding="utf-8")
+    options = ("ablation", "--base", base, "--plan", "plan.toml", "--output", tmp_path / "results.json")
+
+    def run() -> str:
+        done = CliRunner().invoke(app, ["miniature", *map(str, options)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    shown = run()
+    rows = {line.split("|")[1].strip() for line in shown.splitlines()[2:] if line.startswith("|")}
+    assert rows == {"base", "negative prompt", *variants}
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert {len(row["runs"]) for row in results["shares"] if row["method"] in variants} == {2}
+    assert {name: [row["step"] for row in rows] for name, rows in results["curves"].items()} == {
+        name: [2, 4] for name in variants
+    }
+    with PIL.Image.open(tmp_path / "results.png") as picture:
+        assert picture.width > 1000
+    assert (tmp_path / "results.md").read_text(encoding="utf-8").startswith(shown.strip()[:200])
+
+    trained = sorted((tmp_path / "runs" / "miniature" / "ablation").glob("*/*.safetensors"))
+    assert [path.parent.name for path in trained] == ["text-plain-1", "text-plain-2", "the-paper-s-1", "the-paper-s-2"]
+    kinds = [load_adapter(path).config for path in trained]
+    assert [config.constant for config in kinds] == [False, False, True, True]
+    before = [path.stat().st_mtime_ns for path in trained]
+    assert run() == shown
+    assert [path.stat().st_mtime_ns for path in trained] == before
+
+
+@pytest.mark.parametrize("text", ["steps = 4", 'steps = "x"\nunknown = 1', "steps = ["])
+def test_a_plan_that_makes_no_sense_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.toml").write_text(text, encoding="utf-8")
+    command = ("miniature", "ablation", "--plan", tmp_path / "plan.toml", "--output", tmp_path / "results.json")
+    done = CliRunner().invoke(app, [*map(str, command)])
+    assert done.exit_code == 1
+    assert "plan.toml" in str(done.exception) or "plan.toml" in done.output
+
+
+def test_the_plan_that_is_shipped_names_settings_that_exist() -> None:
+    plan = ablation.load_ablation(ablation.PLAN)
+    configs = {name: load_config(Path("miniature"), variant.set) for name, variant in plan.variants.items()}
+    assert len({config.model_dump_json() for config in configs.values()}) == len(configs)
+    assert configs["text"] == load_config(Path("miniature"))

@@ -1,0 +1,212 @@
+"""``psa miniature ablation``: which kind, which loss and which user, on the same pairs, for the same number of steps.
+
+Trainings that are there are not made again, and pictures that were counted are not drawn again, so an interrupted
+ablation goes on where it was, and a variant more costs its own time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+from rich.console import Console
+from rich.progress import Progress
+
+from ...safe_files import replacing
+from ..config import Section, read_toml
+from ..errors import TrainingError
+from . import PEOPLE, SEED
+from .adapters import Asked, evaluate, train_adapter
+from .cases import draw_cases
+from .evaluation import Outcome, draw_all, studios
+from .kept import Kept
+from .methods import Method
+from .recipe import DETECTOR
+from .results import Share, in_words
+
+PLAN = Path(__file__).with_suffix(".toml")
+
+# What a row says: title, group, what was asked, measure.
+_COLUMNS = (
+    ("banned, named: clean", "some", "banned, named", "clean"),
+    ("banned, implied: clean", "some", "banned, implied", "clean"),
+    ("allowed, named: kept", "some", "allowed, named", "kept"),
+    ("allowed, implied: kept", "some", "allowed, implied", "kept"),
+    ("object", "some", "banned, named", "object"),
+    ("all, named: clean", "everything", "banned, named", "clean"),
+    ("all, implied: clean", "everything", "banned, implied", "clean"),
+    ("all: object", "everything", "banned, named", "object"),
+    ("none: kept", "nothing", "allowed, named", "kept"),
+    ("none: object", "nothing", "allowed, named", "object"),
+    ("none: alike", "nothing", "allowed, named", "likeness"),
+)
+_CURVES = (
+    ("some banned: clean where a banned glyph is asked for", "some", True, "clean"),
+    ("some banned: allowed glyphs kept", "some", False, "prompted"),
+    ("everything banned: the object is there", "everything", True, "object_kept"),
+)
+
+
+class Variant(Section):
+    """What differs from ``configs/miniature.toml``, as ``section.key=value``."""
+
+    set: tuple[str, ...]
+
+
+class Ablation(Section):
+    """What is trained and measured, see ``ablation.toml``."""
+
+    steps: PositiveInt
+    seeds: tuple[int, ...] = Field(min_length=1)
+    per_cell: PositiveInt
+    likeness: NonNegativeInt
+    curve: NonNegativeInt
+    checkpoints: PositiveInt
+    variants: dict[str, Variant] = Field(min_length=1)
+
+
+def load_ablation(path: Path) -> Ablation:
+    """Read a plan; raise TrainingError if it is missing or makes no sense."""
+    try:
+        return Ablation.model_validate(read_toml(path))
+    except ValidationError as error:
+        raise TrainingError(f"{path} is no plan of an ablation ({error}). See {PLAN.name} for one.") from None
+
+
+def run_ablation(
+    plan: Ablation,
+    base: Path,
+    work: Path,
+    language_models: Sequence[Path],
+    output: Path,
+    console: Console,
+    progress: Progress,
+) -> str:
+    """Train what is not there yet, measure all of it, write ``output`` (.json, .md and .png), and return the table.
+
+    Raises:
+        TrainingError, DataError, EncoderError: see ``train`` and ``evaluate``.
+    """
+    trained = {
+        name: [_train(name, variant, seed, plan, base, work, console, progress) for seed in plan.seeds]
+        for name, variant in plan.variants.items()
+    }
+    progress.start()  # trainings have bars of their own
+    counted = work / "counted"
+    asked = Asked(plan.per_cell, seen=False, likeness=plan.likeness)
+    flat = [(name, path) for name, paths in trained.items() for path in paths]
+    results = evaluate(base, flat, None, asked, language_models, counted, progress)
+    table = _table(results)
+    curves: Mapping[str, Any] = {}
+    if plan.curve:
+        checkpoints = {name: _checkpoints(paths[0]) for name, paths in trained.items()}
+        curves = _curves(checkpoints, plan, base, language_models, counted, progress)
+        with replacing(output.with_suffix(".png")) as aside:
+            _plot(curves).savefig(aside, format="png", dpi=120)
+    with replacing(output) as aside:
+        rows = {name: value for name, value in results.items() if name != "markdown"}
+        aside.write_text(json.dumps({**rows, "curves": curves}, indent=1) + "\n", encoding="utf-8")
+    with replacing(output.with_suffix(".md")) as aside:
+        aside.write_text(f"{table}\n{results['markdown']}", encoding="utf-8")
+    return table
+
+
+def _train(
+    name: str,
+    variant: Variant,
+    seed: int,
+    plan: Ablation,
+    base: Path,
+    work: Path,
+    console: Console,
+    progress: Progress,
+) -> Path:
+    run = f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}"
+    folder = work / "ablation" / run
+    target = folder / f"{run}_miniature.safetensors"
+    if not target.is_file():
+        settings = [
+            f"run.steps={plan.steps}",
+            f"run.seed={seed}",
+            f"run.checkpoint_every={max(1, plan.steps // plan.checkpoints)}",
+            f"run.checkpoints_total_limit={plan.checkpoints}",
+            "validation.grid_every=0",
+            *(["run.resume=latest"] if any(folder.glob("checkpoints/step-*")) else []),
+            *variant.set,
+        ]
+        console.print(f"{name}, seed {seed}", markup=False)
+        train_adapter(base, work, False, f"ablation/{run}", settings, console, progress)
+    return target
+
+
+def _checkpoints(adapter: Path) -> dict[int, Path]:
+    """Return the adapters that a training wrote on its way, by their step."""
+    found = sorted((adapter.parent / "checkpoints").glob("step-*/adapter.safetensors"))
+    return {int(path.parent.name.removeprefix("step-")): path for path in found}
+
+
+def _curves(
+    checkpoints: Mapping[str, Mapping[int, Path]],
+    plan: Ablation,
+    base: Path,
+    language_models: Sequence[Path],
+    work: Path,
+    progress: Progress,
+) -> dict[str, list[dict[str, float]]]:
+    """Return for each variant a row for each step: what is in pictures of people of the training."""
+    cases = [case for case in draw_cases(plan.curve, PEOPLE, SEED, trial=1) if not case.unseen and case.category]
+    methods = [
+        Method(f"{name}, step {step}", adapter=path)
+        for name, paths in checkpoints.items()
+        for step, path in paths.items()
+    ]
+    detector = base / DETECTOR
+    with studios(base, detector, language_models) as pool:
+        seen = draw_all(pool, methods, cases, progress, Kept(work, base, detector))
+
+    def row(step: int, outcomes: Sequence[Outcome]) -> dict[str, float]:
+        found = {"step": float(step)}
+        for title, group, banned, measure in _CURVES:
+            values = [
+                getattr(outcome, measure)
+                for outcome in outcomes
+                if outcome.case.group == group and outcome.case.banned == banned
+            ]
+            found[title] = sum(values) / len(values)
+        return found
+
+    return {name: [row(step, seen[f"{name}, step {step}"]) for step in paths] for name, paths in checkpoints.items()}
+
+
+def _plot(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> matplotlib.figure.Figure:
+    figure = matplotlib.figure.Figure(figsize=(12, 4.5), layout="constrained")
+    for axes, (title, *_) in zip(figure.subplots(1, len(_CURVES), sharey=True), _CURVES, strict=True):
+        for name, rows in curves.items():
+            axes.plot([row["step"] for row in rows], [row[title] for row in rows], marker=".", label=name)
+        axes.set(title=title, xlabel="step", ylim=(-0.02, 1.02))
+        axes.title.set_size(9)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    """Return one row for each method: what people whom the training never saw get, in per cent."""
+    shares = {
+        (row["method"], row["group"], row["asked"], row["measure"]): row
+        for row in (*results["shares"], *results["likeness"])
+    }
+    titles = [title for title, *_ in _COLUMNS]
+    lines = [f"| | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
+    for method in dict.fromkeys(row["method"] for row in results["shares"]):
+        rows = [shares.get((method, group, asked, measure)) for _, group, asked, measure in _COLUMNS]
+        lines.append(f"| {method} | {' | '.join(_in_words(row) if row else '' for row in rows)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _in_words(row: Mapping[str, Any]) -> str:
+    return in_words(Share(row["value"], row["low"], row["high"], row["pictures"]))
