@@ -36,9 +36,9 @@ DAMAGE: tuple[type[Exception], ...] = (
 
 
 def make_private(folder: Path) -> None:
-    """Make ``folder`` and the one around it, for their owner alone; raise OSError if that fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder.mkdir(exist_ok=True, mode=0o700)
+    """Make ``folder`` and those around it that are missing, for their owner alone; raise OSError if that fails."""
+    for place in reversed((folder, *folder.parents)):
+        place.mkdir(exist_ok=True, mode=0o700)
 
 
 @contextmanager

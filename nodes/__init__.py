@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
+from server import PromptServer
 
-from . import adapter_nodes, explain, miniature, profile_nodes
+from . import accounts, adapter_nodes, explain, miniature, profile_nodes, routes
 from .folders import register_folders
 
 
 class PSAExtension(ComfyExtension):
-    """What ComfyUI loads: the folders and the nodes of this pack."""
+    """What ComfyUI loads: the folders, the routes and the nodes of this pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """Register the model folders, then return all nodes."""
+        """Register the model folders and, in a server, the routes; then return all nodes."""
         register_folders()
+        # Not in on_load: ComfyUI 0.3.75 declares it, but does not call it.
+        server = getattr(PromptServer, "instance", None)
+        if server is not None:
+            accounts.register(server)
+            routes.register(server)
         return [*adapter_nodes.NODES, *profile_nodes.NODES, *miniature.NODES, *explain.NODES]

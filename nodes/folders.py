@@ -9,6 +9,7 @@ import folder_paths
 from ..adapter import SUFFIXES as ADAPTER_SUFFIXES
 from ..profiles import ProfileStore, embeddings_folder, private_fingerprint, profiles_folder
 from ..profiles.embedding import SUFFIXES as EMBEDDING_SUFFIXES
+from .accounts import current_account
 
 ADAPTERS = "psa_adapters"
 EMBEDDINGS = "psa_embeddings"
@@ -76,8 +77,12 @@ def language_model_folders() -> list[Path]:
 
 
 def profile_store() -> ProfileStore:
-    """Return the private store, in a folder of the user directory that ComfyUI serves to nobody."""
-    return ProfileStore(profiles_folder(Path(folder_paths.get_user_directory())))
+    """Return the private store of whoever asks, in a folder of the user directory that ComfyUI serves to nobody.
+
+    Raises:
+        ProfileError: ComfyUI has accounts, and it is not known which one asks.
+    """
+    return ProfileStore(profiles_folder(Path(folder_paths.get_user_directory()), current_account()))
 
 
 def embedding_cache() -> Path:

@@ -4,7 +4,7 @@ Knows nothing of UNets or ComfyUI. The encoders, which need transformers, are in
 """
 
 from .embedding import SafetyEmbedding, load_embedding, save_embedding
-from .errors import EncoderError, ProfileError, StoreError
+from .errors import ConflictError, EncoderError, ProfileError, StoreError, UnknownProfileError
 from .levels import Level, find_level, levels
 from .policy import Decision, banned_categories, decide
 from .schema import CATEGORIES, Category, Profile, parse_profile
@@ -16,6 +16,7 @@ __all__ = [
     "ACTIVE",
     "CATEGORIES",
     "Category",
+    "ConflictError",
     "Decision",
     "EncoderError",
     "Level",
@@ -25,6 +26,7 @@ __all__ = [
     "SafetyEmbedding",
     "StoreError",
     "StoredProfile",
+    "UnknownProfileError",
     "banned_categories",
     "decide",
     "default_template",

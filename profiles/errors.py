@@ -7,8 +7,16 @@ class ProfileError(ValueError):
     """A profile, a level or a reference to one cannot be used."""
 
 
+class UnknownProfileError(ProfileError):
+    """There is no profile with this id."""
+
+
 class StoreError(ProfileError):
     """The private store cannot be read or written."""
+
+
+class ConflictError(StoreError):
+    """A profile has changed since it was read; nothing was overwritten."""
 
 
 class EncoderError(ValueError):

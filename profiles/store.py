@@ -1,14 +1,14 @@
 """The private store: one JSON file per profile under a random id, readable by its owner only.
 
-Nothing outside this folder knows more than an id. Format version 1: ``format``, ``format_version``,
-``revision`` (new at every save) and ``profile``.
+Nothing outside this folder knows more than an id. Beside ``ID.json`` lies ``ID.backup``, the version before the last
+save; a damaged file that is replaced or deleted stays as ``ID.damaged-N``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import json
+import itertools
 import re
 import secrets
 from collections.abc import Iterator
@@ -19,15 +19,14 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..safe_files import PRIVATE, make_private, replacing
-from .errors import ProfileError, StoreError
-from .schema import Profile, parse_profile
+from .errors import ConflictError, ProfileError, StoreError, UnknownProfileError
+from .files import format_file, parse_file
+from .schema import Profile
 
 ACTIVE = "active"
 PRIVATE_FOLDER = "__psa"  # ComfyUI serves no folder whose name begins so
-FORMAT = "psa_profile"
-FORMAT_VERSION = 1
-
 _ID = re.compile(r"[0-9a-f]{16}")
+_USER = re.compile(r"[A-Za-z0-9_-]{1,200}")
 _LOCK_SECONDS = 10.0
 _FINGERPRINT_KEY = secrets.token_bytes(32)
 
@@ -43,17 +42,32 @@ class StoredProfile:
 
 @dataclass(frozen=True)
 class ProfileEntry:
-    """One line of the store's list; ``problem`` says why a file cannot be read."""
+    """One line of the store's list.
+
+    ``problem`` says why a file cannot be read, ``restorable`` whether the version before it can be brought back.
+    """
 
     id: str
     name: str
     active: bool
     problem: str | None = None
+    restorable: bool = False
 
 
-def profiles_folder(user_directory: Path) -> Path:
-    """Return where the profiles lie inside ComfyUI's user directory."""
-    return user_directory / PRIVATE_FOLDER / "profiles"
+def profiles_folder(user_directory: Path, user: str | None = None) -> Path:
+    """Return where profiles lie inside ComfyUI's user directory.
+
+    ``user`` is the id of an account of ``--multi-user``; None where everybody shares one store.
+
+    Raises:
+        ProfileError: no account has such an id.
+    """
+    private = user_directory / PRIVATE_FOLDER
+    if user is None:
+        return private / "profiles"
+    if not _USER.fullmatch(user):
+        raise ProfileError("The request comes from no account of this ComfyUI. Log in again.")
+    return private / "accounts" / user / "profiles"
 
 
 def embeddings_folder(user_directory: Path) -> Path:
@@ -72,47 +86,22 @@ class ProfileStore:
     def entries(self) -> tuple[ProfileEntry, ...]:
         """Return all profiles without their attributes, sorted by name; unreadable ones too."""
         active = self.active_id()
-        entries = []
-        for path in self._files():
-            try:
-                entries.append(ProfileEntry(path.stem, self.read(path.stem).profile.name, path.stem == active))
-            except ProfileError as error:
-                entries.append(ProfileEntry(path.stem, "", path.stem == active, str(error)))
-        return tuple(sorted(entries, key=lambda entry: (entry.name.casefold(), entry.id)))
+        return tuple(
+            sorted(
+                (self._entry(path.stem, active) for path in self._files()),
+                key=lambda entry: (entry.name.casefold(), entry.id),
+            )
+        )
 
     def read(self, profile_id: str) -> StoredProfile:
         """Return a profile.
 
         Raises:
-            ProfileError: there is no such profile, or its file is damaged.
+            UnknownProfileError: there is no such profile.
+            ProfileError: its file is damaged.
             StoreError: the file may not be read.
         """
-        path = self._path(profile_id)
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            raise self._unknown(profile_id) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise StoreError(
-                f"The profile file {path} cannot be read ({_reason(error)}). Make it readable for the account that "
-                "runs ComfyUI, or restore it from a backup."
-            ) from None
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError):
-            content = None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ProfileError(
-                f"The profile file {path} is damaged: expected a JSON object of the format {FORMAT}. "
-                "Restore it from a backup, or delete the profile and make a new one."
-            )
-        if content.get("format_version") != FORMAT_VERSION:
-            raise ProfileError(
-                f"The profile file {path} was written by another version of ComfyUI-PSA (this one reads format "
-                f"version {FORMAT_VERSION}). Update ComfyUI-PSA."
-            )
-        profile = parse_profile(content.get("profile"), f"The profile file {path}")
-        return StoredProfile(profile_id, str(content.get("revision", "")), profile)
+        return self._read(profile_id, self._path(profile_id))
 
     def create(self, profile: Profile) -> StoredProfile:
         """Store a new profile under a random id."""
@@ -120,28 +109,58 @@ class ProfileStore:
             return self._write(secrets.token_hex(8), profile)
 
     def save(self, stored: StoredProfile, profile: Profile) -> StoredProfile:
-        """Replace the profile that was read as ``stored``.
+        """Replace the profile that was read as ``stored``; that version stays as the backup.
 
         Raises:
-            StoreError: another program saved it in between; nothing is overwritten.
+            ConflictError: another program saved it in between; nothing is overwritten.
         """
         with self._writing():
             if self.read(stored.id).revision != stored.revision:
-                raise StoreError(
+                raise ConflictError(
                     f"Profile {stored.id} was changed by another program since it was opened; nothing was "
                     "overwritten. Open it again and repeat your change."
                 )
             return self._write(stored.id, profile)
 
-    def delete(self, profile_id: str) -> None:
-        """Delete a profile, a damaged one too; if it was the active one, none is active afterwards."""
+    def restore(self, profile_id: str) -> StoredProfile:
+        """Bring back the version before the last save; what is there now becomes the backup, or is set aside.
+
+        Raises:
+            UnknownProfileError: there is no such profile.
+            ProfileError: it has no backup, or a damaged one.
+        """
         with self._writing():
-            path = self._path(profile_id)
-            if not path.is_file():
-                raise self._unknown(profile_id)
-            path.unlink()
+            path = self._existing(profile_id)
+            backup = self._backup(profile_id)
+            if not backup.is_file():
+                raise ProfileError(f"Profile {profile_id} has no earlier version: it was never saved twice.")
+            earlier = self._read(profile_id, backup).profile
+            self._set_aside_if_damaged(profile_id, path)
+            return self._write(profile_id, earlier)
+
+    def delete(self, profile_id: str) -> None:
+        """Delete a profile and its backup; if it was the active one, none is active afterwards.
+
+        A damaged file is not deleted, but set aside: it may be all that is left of a profile.
+        """
+        with self._writing():
+            path = self._existing(profile_id)
+            self._set_aside_if_damaged(profile_id, path)
+            path.unlink(missing_ok=True)
+            self._backup(profile_id).unlink(missing_ok=True)
             if self.active_id() == profile_id:
                 (self.root / ACTIVE).unlink()
+
+    def put_back(self, profile_id: str, profile: Profile) -> StoredProfile:
+        """Store a profile that was deleted under the id that it had, so that workflows find it again.
+
+        Raises:
+            ConflictError: there is a profile with this id.
+        """
+        with self._writing():
+            if self._path(profile_id).exists():
+                raise ConflictError(f"There is a profile {profile_id} already; nothing was overwritten.")
+            return self._write(profile_id, profile)
 
     def activate(self, profile_id: str) -> None:
         """Make a profile the one that ``"active"`` refers to."""
@@ -176,6 +195,20 @@ class ProfileStore:
             )
         return self.read(active)
 
+    def _entry(self, profile_id: str, active: str | None) -> ProfileEntry:
+        try:
+            return ProfileEntry(profile_id, self.read(profile_id).profile.name, profile_id == active)
+        except ProfileError as error:
+            restorable = not isinstance(error, StoreError) and self._has_backup(profile_id)
+            return ProfileEntry(profile_id, "", profile_id == active, str(error), restorable)
+
+    def _has_backup(self, profile_id: str) -> bool:
+        try:
+            self._read(profile_id, self._backup(profile_id))
+        except ProfileError:
+            return False
+        return True
+
     def _files(self) -> list[Path]:
         try:
             return [path for path in self.root.iterdir() if path.suffix == ".json" and _ID.fullmatch(path.stem)]
@@ -189,13 +222,45 @@ class ProfileStore:
             raise self._unknown(profile_id)
         return self.root / f"{profile_id}.json"
 
-    def _unknown(self, profile_id: str) -> ProfileError:
-        return ProfileError(
+    def _backup(self, profile_id: str) -> Path:
+        return self._path(profile_id).with_suffix(".backup")
+
+    def _existing(self, profile_id: str) -> Path:
+        path = self._path(profile_id)
+        if not path.is_file():
+            raise self._unknown(profile_id)
+        return path
+
+    def _read(self, profile_id: str, path: Path) -> StoredProfile:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise self._unknown(profile_id) from None
+        except UnicodeDecodeError:
+            text = ""  # damaged, as parse_file says
+        except OSError as error:
+            raise StoreError(
+                f"The profile file {path} cannot be read ({_reason(error)}). Make it readable for the account that "
+                "runs ComfyUI, or restore it from a backup."
+            ) from None
+        return StoredProfile(profile_id, *parse_file(text, path))
+
+    def _set_aside_if_damaged(self, profile_id: str, path: Path) -> None:
+        try:
+            self._read(profile_id, path)
+        except StoreError:
+            raise
+        except ProfileError:
+            number = next(n for n in itertools.count(1) if not path.with_suffix(f".damaged-{n}").exists())
+            path.rename(path.with_suffix(f".damaged-{number}"))
+
+    def _unknown(self, profile_id: str) -> UnknownProfileError:
+        return UnknownProfileError(
             f'There is no safety profile "{profile_id}" on this machine. A shared workflow refers to its author\'s '
             f'profile: choose "{ACTIVE}" to use your own, or one of the ids that `psa profile list` shows.'
         )
 
-    def _unreadable(self, error: Exception) -> StoreError:
+    def _unreadable(self, error: OSError) -> StoreError:
         return StoreError(
             f"The profile folder {self.root} cannot be read ({_reason(error)}). Make it readable for the account "
             "that runs ComfyUI."
@@ -203,14 +268,12 @@ class ProfileStore:
 
     def _write(self, profile_id: str, profile: Profile) -> StoredProfile:
         stored = StoredProfile(profile_id, secrets.token_hex(8), profile)
-        content = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "revision": stored.revision,
-            "profile": profile.model_dump(),
-        }
-        with replacing(self._path(profile_id), PRIVATE) as aside:
-            aside.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+        path = self._path(profile_id)
+        if path.is_file():
+            with replacing(self._backup(profile_id), PRIVATE) as aside:
+                aside.write_bytes(path.read_bytes())
+        with replacing(path, PRIVATE) as aside:
+            aside.write_text(format_file(stored.revision, profile), encoding="utf-8")
         return stored
 
     @contextmanager
@@ -231,8 +294,8 @@ class ProfileStore:
             ) from None
 
 
-def _reason(error: Exception) -> str:
-    return error.strerror or type(error).__name__ if isinstance(error, OSError) else "it is not UTF-8 text"
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__
 
 
 def private_fingerprint(content: str) -> str:

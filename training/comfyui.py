@@ -122,10 +122,13 @@ class ComfyUIServer:
         response.raise_for_status()
         return response.json()
 
-    def run(self, prompt: Prompt, workflow: Mapping[str, Any] | None = None) -> list[Image]:
+    def run(
+        self, prompt: Prompt, workflow: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None
+    ) -> list[Image]:
         """Queue a prompt (API format), wait for its end, and return the images that it saved.
 
-        ``workflow`` (the frontend's format) is saved into the images, as the frontend does.
+        ``workflow`` (the frontend's format) is saved into the images, as the frontend does; ``headers`` go with the
+        request that queues.
 
         Raises:
             ComfyUIError: the server refused the prompt or a node failed; ``details`` holds its report.
@@ -137,7 +140,7 @@ class ComfyUIServer:
             body: dict[str, Any] = {"prompt": prompt, "client_id": client}
             if workflow is not None:
                 body["extra_data"] = {"extra_pnginfo": {"workflow": workflow}}
-            response = _http.post(f"{self.url}/prompt", json=body, timeout=_REQUEST_SECONDS)
+            response = _http.post(f"{self.url}/prompt", json=body, headers=headers, timeout=_REQUEST_SECONDS)
             if response.status_code != 200:
                 raise ComfyUIError(f"ComfyUI refused the workflow: {response.text}", response.json())
             prompt_id = response.json()["prompt_id"]

@@ -129,9 +129,6 @@ class LossSection(Section):
     user_dropout: Share = Field(0.1, description="share of pairs seen as the null user; 0 is the paper")
     noise_offset: NonNegativeFloat = 0.0
     winner_anchor: NonNegativeFloat = Field(0.0, description="how much it counts if a chosen image gets worse")
-    keep_agreed: bool = Field(
-        False, description="pairs that the base itself ranks rightly ask for the base; as strong as winner_anchor"
-    )
     safeguard: float | None = Field(
         None, ge=0, lt=1, description="Diffusion-SDPO: rejected images do not make chosen ones worse; its slack, from 0"
     )

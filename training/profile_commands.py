@@ -132,6 +132,12 @@ def delete(
 
 
 @profile_app.command()
+def restore(profile_id: ProfileId, user_directory: UserDirectory = None) -> None:
+    """Bring back the version of a profile before its last save. A damaged file is set aside."""
+    _store(user_directory).restore(profile_id)
+
+
+@profile_app.command()
 def activate(profile_id: ProfileId, user_directory: UserDirectory = None) -> None:
     """Make a profile the active one, which "active" in a workflow refers to."""
     _store(user_directory).activate(profile_id)

@@ -74,11 +74,6 @@ def step_by_hand(run: Run, data: Path, step: int) -> StepByHand:
         inside = -beta / 2 * weight * ((chosen - rejected) - (chosen_reference - rejected_reference))
         anchors.append(weight * (chosen - chosen_reference))
         losses.append(-F.logsigmoid(inside) + winner_anchor * anchors[-1])
-        if loss.keep_agreed:
-            preferred = torch.sigmoid(beta / 2 * weight * (rejected_reference - chosen_reference))
-            agreement = max(0.0, 2 * float(preferred) - 1)
-            moved = abs(anchors[-1]) + weight * abs(rejected - rejected_reference)
-            losses[-1] = (1 - agreement) * losses[-1] + agreement * winner_anchor * moved
     assert len(set(dropped)) == 4  # with and without prompt, with and without user
     return StepByHand(float(torch.stack(losses).mean()), float(torch.stack(anchors).mean()))
 

@@ -16,7 +16,16 @@ from typing import Any
 
 import pytest
 
-from comfyui_psa.profiles import Profile, ProfileError, ProfileStore, StoreError, private_fingerprint, profiles_folder
+from comfyui_psa.profiles import (
+    ConflictError,
+    Profile,
+    ProfileError,
+    ProfileStore,
+    StoreError,
+    files,
+    private_fingerprint,
+    profiles_folder,
+)
 from comfyui_psa.safe_files import replacing
 
 MARKER = "Zorblax"
@@ -126,13 +135,83 @@ def test_a_damaged_file_is_named_and_hides_no_other(store: ProfileStore, damage:
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_file_can_be_deleted(store: ProfileStore, damage: str) -> None:
+def test_a_damaged_file_that_is_deleted_is_set_aside(store: ProfileStore, damage: str) -> None:
     damaged = store.create(FULL)
     store.activate(damaged.id)
-    _file(store, damaged.id).write_bytes(DAMAGED[damage])
-    store.delete(damaged.id)
-    assert store.entries() == ()
-    assert store.active_id() is None
+    for number in (1, 2):
+        _file(store, damaged.id).write_bytes(DAMAGED[damage])
+        store.delete(damaged.id)
+        assert store.entries() == ()
+        assert store.active_id() is None
+        assert _file(store, damaged.id).with_suffix(f".damaged-{number}").read_bytes() == DAMAGED[damage]
+        assert store.put_back(damaged.id, FULL).profile == FULL
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_the_version_before_the_last_save_comes_back_for_a_damaged_file(store: ProfileStore, damage: str) -> None:
+    stored = store.save(store.create(FULL), Profile(name="later"))
+    _file(store, stored.id).write_bytes(DAMAGED[damage])
+    (entry,) = store.entries()
+    assert entry.problem
+    assert entry.restorable
+    restored = store.restore(stored.id)
+    assert restored.profile == FULL
+    assert restored.revision != stored.revision
+    assert store.read(stored.id) == restored
+    assert _file(store, stored.id).with_suffix(".damaged-1").read_bytes() == DAMAGED[damage]
+
+
+def test_restoring_a_whole_profile_takes_the_last_save_back_and_forth(store: ProfileStore) -> None:
+    stored = store.save(store.create(FULL), Profile(name="later"))
+    assert store.restore(stored.id).profile == FULL
+    assert store.restore(stored.id).profile == Profile(name="later")
+    assert len(list(store.root.glob("*.damaged-*"))) == 0
+
+
+def test_without_an_earlier_version_nothing_is_restored(store: ProfileStore) -> None:
+    stored = store.create(FULL)
+    with pytest.raises(ProfileError, match="no earlier version"):
+        store.restore(stored.id)
+    _file(store, stored.id).write_bytes(b"cut off")
+    assert not store.entries()[0].restorable
+    with pytest.raises(ProfileError, match="no earlier version"):
+        store.restore(stored.id)
+    _file(store, stored.id).with_suffix(".backup").write_bytes(b"cut off, too")
+    assert not store.entries()[0].restorable
+    with pytest.raises(ProfileError, match=r"\.backup is damaged"):
+        store.restore(stored.id)
+    assert _file(store, stored.id).read_bytes() == b"cut off"
+
+
+def test_a_deleted_profile_can_be_put_back_under_its_id(store: ProfileStore) -> None:
+    stored = store.create(FULL)
+    with pytest.raises(ConflictError):
+        store.put_back(stored.id, Profile())
+    store.delete(stored.id)
+    assert store.put_back(stored.id, stored.profile).id == stored.id
+    assert store.read(stored.id).profile == FULL
+
+
+def test_a_file_of_an_earlier_version_is_brought_up(store: ProfileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps, as if versions 0 and -1 had been: other names for the age."""
+
+    def renamed(old: str, new: str, version: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        def migrate(content: dict[str, Any]) -> dict[str, Any]:
+            profile = {new if name == old else name: value for name, value in content["profile"].items()}
+            return {**content, "format_version": version, "profile": profile}
+
+        return migrate
+
+    monkeypatch.setattr(files, "MIGRATIONS", {-1: renamed("years", "Age", 0), 0: renamed("Age", "age", 1)})
+    stored = store.create(Profile())
+    _write(store, stored.id, {"years": 61}, format_version=-1)
+    before = _file(store, stored.id).read_bytes()
+    read = store.read(stored.id)
+    assert read.profile == Profile(age=61)
+    assert _file(store, stored.id).read_bytes() == before  # reading changes nothing
+    store.save(read, Profile(age=62))
+    assert json.loads(_file(store, stored.id).read_text(encoding="utf-8"))["format_version"] == 1
+    assert store.restore(stored.id).profile == Profile(age=61)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +237,7 @@ def test_a_file_with_wrong_types_is_refused_without_its_values(store: ProfileSto
     assert "12345" not in message
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
 def test_another_format_version_is_refused_and_kept(store: ProfileStore, version: Any) -> None:
     stored = store.create(FULL)
     _write(store, stored.id, {}, format_version=version)
@@ -186,6 +265,12 @@ def test_an_unknown_id_is_refused_and_touches_nothing(
     assert outside.exists()
     assert store.read(stored.id) == stored
     assert store.active_id() is None
+
+
+def test_a_deleted_profile_leaves_no_file(store: ProfileStore) -> None:
+    stored = store.save(store.create(FULL), FULL)
+    store.delete(stored.id)
+    assert {path.name for path in store.root.iterdir()} <= {".lock"}
 
 
 def test_a_deleted_profile_is_gone(store: ProfileStore) -> None:

@@ -94,7 +94,7 @@ def _let_go(*processes: subprocess.Popen[str]) -> None:
 
 def _assert_only_whole_files(store: ProfileStore) -> None:
     assert [
-        path.name for path in store.root.iterdir() if not re.fullmatch(r"[0-9a-f]{16}\.json|\.lock", path.name)
+        path.name for path in store.root.iterdir() if not re.fullmatch(r"[0-9a-f]{16}\.(json|backup)|\.lock", path.name)
     ] == []
 
 

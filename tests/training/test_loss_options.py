@@ -1,4 +1,4 @@
-"""What may be added to the paper's loss: anchor, agreement, weights and choice of timesteps, final values."""
+"""What may be added to the paper's loss: the anchor, weights of timesteps, a smallest timestep, final values."""
 
 from __future__ import annotations
 
@@ -31,10 +31,7 @@ OPTIONS = {
     "noises_per_pair": 2,
 }
 # In steps 2 and 3 some errors weigh less than the limit and some as much; all four kinds of dropout come up.
-OWN = {
-    "sd": {"timestep_weight_limit": 5.0},
-    "v": {"timestep_weight_limit": 0.7, "keep_agreed": True},
-}
+LIMITS = {"sd": 5.0, "v": 0.7}
 SEED = 1084
 
 
@@ -45,8 +42,8 @@ def optional(bases: dict[str, Base], split: Path, tmp_path_factory: pytest.TempP
     looking = {"validation.every": STEPS, "validation.pairs": 1, "validation.seen": split.with_name("seen")}
     looking |= {"validation.held_out": 0.0, "validation.unseen_users": 0.0}
     found = {}
-    for name, own in OWN.items():
-        loss = {f"loss.{key}": value for key, value in {**OPTIONS, **own}.items()}
+    for name, limit in LIMITS.items():
+        loss = {f"loss.{key}": value for key, value in {**OPTIONS, "timestep_weight_limit": limit}.items()}
         changes = {**loss, "run.seed": SEED, **(looking if name == "sd" else {})}
         found[name] = train_tiny(bases[name], split, output / name, changes)
     return found
@@ -111,41 +108,10 @@ def test_the_safeguard_keeps_a_step_from_making_the_chosen_image_worse(slack: fl
     assert spared > 3
 
 
-def test_the_loss_with_agreement_by_hand() -> None:
-    """The first pair is one that the reference ranks wrongly, so nothing of it is kept."""
-    beta, anchor, weight = 10.0, 7.0, 2.0
-    pairs = [(0.31, 0.29, 0.32, 0.28), (0.28, 0.35, 0.30, 0.34), (0.33, 0.35, 0.30, 0.36)]
-    expected = []
-    for chosen, rejected, chosen_reference, rejected_reference in pairs:
-        worse, worse_rejected = chosen - chosen_reference, rejected - rejected_reference
-        loss = math.log(1 + math.exp(beta / 2 * weight * (worse - worse_rejected))) + anchor * weight * worse
-        prefers = 1 / (1 + math.exp(-beta / 2 * weight * (rejected_reference - chosen_reference)))
-        agreement = max(0.0, 2 * prefers - 1)
-        kept = anchor * weight * (abs(worse) + abs(worse_rejected))
-        expected.append((1 - agreement) * loss + agreement * kept)
-    columns = torch.tensor(pairs, dtype=torch.float64).unbind(dim=1)
-    model, reference = PairErrors(*columns[:2]), PairErrors(*columns[2:])
-    found = diffusion_dpo_loss(model, reference, beta, anchor, weight, keep_agreed=True)
-    assert found.loss.tolist() == pytest.approx(expected, rel=1e-12)
-    plain = diffusion_dpo_loss(model, reference, beta, anchor, weight)
-    assert (found.loss == plain.loss).tolist() == [True, False, False]
-
-
 def test_at_the_start_all_terms_give_ln_2() -> None:
     errors = PairErrors(torch.rand(6), torch.rand(6))
     loss = diffusion_dpo_loss(errors, errors, 5000.0, 50.0, 50 * torch.rand(6)).loss
     assert torch.equal(loss, torch.full_like(loss, LN_2))
-
-
-@pytest.mark.parametrize("moved", [-0.01, 0.01])
-def test_pairs_on_which_the_base_agrees_pull_back_to_the_base_from_either_side(moved: float) -> None:
-    reference = PairErrors(torch.tensor([0.1, 0.3]), torch.tensor([0.3, 0.1]))  # rightly, wrongly
-    model = PairErrors(*((errors + moved).requires_grad_() for errors in reference[:2]))
-    loss = diffusion_dpo_loss(model, reference, 500.0, 20.0, keep_agreed=True).loss.sum()
-    chosen, rejected = torch.autograd.grad(loss, model[:2])
-    back = math.copysign(20.0, moved)
-    assert [float(chosen[0]), float(rejected[0])] == pytest.approx([back, back])
-    assert [float(chosen[1]), float(rejected[1])] == pytest.approx([125 + 20, -125])
 
 
 def test_the_anchor_pulls_at_the_chosen_image_alone() -> None:
@@ -182,14 +148,13 @@ def test_weights_are_finite_where_nothing_of_the_picture_is_left() -> None:
     assert error_weights(scheduler, torch.tensor([999]), limit=50.0).tolist() == [50.0]
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", LIMITS)
 def test_a_run_with_all_options_has_the_loss_of_the_pipelines_own_parts(
     optional: dict[str, Run], split: Path, name: str
 ) -> None:
     """Before and after the switch, from the images on."""
     lines = metrics(optional[name].config)
-    at_start = lines[0]["loss"] == pytest.approx(LN_2, rel=1e-6)
-    assert at_start == ("keep_agreed" not in OWN[name])
+    assert lines[0]["loss"] == pytest.approx(LN_2, rel=1e-6)
     assert lines[0]["anchor"] == 0
     for step in (2, 3):
         expected = step_by_hand(optional[name], split, step)
@@ -210,9 +175,9 @@ def test_held_out_pairs_are_looked_at_where_timesteps_are_trained(optional: dict
 
 
 def test_the_adapter_names_what_was_on(optional: dict[str, Run]) -> None:
-    for name, own in OWN.items():
+    for name, limit in LIMITS.items():
         history = load_adapter(adapter_file(optional[name].config)).config.training
-        expected = {**OPTIONS, **own}
+        expected = {**OPTIONS, "timestep_weight_limit": limit}
         assert {key: history[key] for key in expected} == expected
 
 
@@ -249,7 +214,7 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], messag
 
 def test_all_options_are_off_by_default(runs: dict[str, Run]) -> None:
     history = load_adapter(adapter_file(runs["v"].config)).config.training
-    assert history.keys().isdisjoint({*OPTIONS, *OWN["v"]})
+    assert history.keys().isdisjoint({*OPTIONS, "timestep_weight_limit"})
     assert all("anchor" not in line for line in metrics(runs["v"].config))
 
 

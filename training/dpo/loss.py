@@ -1,17 +1,12 @@
 """The Diffusion-DPO loss, in float32 whatever precision the UNet has, and what may be added to it.
 
-    L = -log sigmoid(-beta/2 k(t) [d(w) - d(l)]) + lambda k(t) d(w),        d(x) = mse_theta(x) - mse_ref(x)
+    L = -log sigmoid(-beta/2 k(t) [(mse_theta(w) - mse_theta(l)) - (mse_ref(w) - mse_ref(l))])
+        + lambda k(t) [mse_theta(w) - mse_ref(w)]
 
 With weights k = 1 and without the anchor, lambda = 0, it is Wallace et al., arXiv 2311.12908, equation 14, with the
 constants of arXiv 2508.01151. The first term is content with pictures that get worse, as long as rejected ones do so
 faster. Two things hold the chosen image w against that: the anchor, a term of its own, and Diffusion-SDPO's safeguard,
 which takes from the rejected image's gradient what would make w worse.
-
-Both terms also ask for more where the base already prefers what the person prefers, and so drive people away from it
-whom it suits. Agreement a, by the base's own preference, can take that away:
-
-    L' = (1 - a) L + a lambda k(t) (|d(w)| + |d(l)|),
-    a = max(0, 2 sigmoid(beta/2 k(t) [mse_ref(l) - mse_ref(w)]) - 1)
 """
 
 from __future__ import annotations
@@ -72,9 +67,8 @@ def diffusion_dpo_loss(
     beta: float,
     winner_anchor: float = 0.0,
     weights: Tensor | float = 1.0,
-    keep_agreed: bool = False,
 ) -> DPOLoss:
-    """Return the loss L of each pair, ln 2 where model and reference are the same; L' if agreement is kept.
+    """Return the loss of each pair; ln 2 where model and reference agree.
 
     ``winner_anchor`` is lambda; ``weights`` ``[pairs]`` are k at the timestep of each pair, see ``error_weights``.
     """
@@ -83,8 +77,4 @@ def diffusion_dpo_loss(
     loss = -F.logsigmoid(weights * margin)
     if winner_anchor:
         loss = loss + winner_anchor * weights * (model.chosen - reference.chosen)
-    if keep_agreed:
-        agreement = 2 * torch.sigmoid(beta / 2 * weights * (reference.rejected - reference.chosen)).clamp(min=0.5) - 1
-        moved = (model.chosen - reference.chosen).abs() + (model.rejected - reference.rejected).abs()
-        loss = (1 - agreement) * loss + agreement * winner_anchor * weights * moved
     return DPOLoss(loss, margin.detach())

@@ -53,7 +53,7 @@ class Policy:
         if section.safeguard is not None:
             model = safeguarded(model, section.safeguard)
         weights = error_weights(self.scheduler, batch.timesteps, section.timestep_weight_limit)
-        return diffusion_dpo_loss(model, reference, section.beta, section.winner_anchor, weights, section.keep_agreed)
+        return diffusion_dpo_loss(model, reference, section.beta, section.winner_anchor, weights)
 
     @contextmanager
     def applied(self, inputs: UNetInputs) -> Iterator[None]:

@@ -1,0 +1,85 @@
+"""Whose request it is, where ComfyUI has accounts (``--multi-user``): each has a private store of its own.
+
+Nodes cannot know who queued the prompt that they are part of. So every request's account is noted while it is answered,
+and with every prompt that it queues. Whoever reaches the server can claim to be any account: ComfyUI asks for no
+password. What is here keeps accounts apart; it does not defend them from each other (docs/privacy.md).
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any
+
+from aiohttp import web
+from comfy.cli_args import args
+from comfy_execution.utils import get_executing_context
+
+from ..profiles import ProfileError
+
+
+class UnknownAccountError(ProfileError):
+    """ComfyUI has accounts, and it is not known which one asks."""
+
+
+_REMEMBERED = 10_000  # prompts; one that is forgotten fails
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_asking: ContextVar[str | None] = ContextVar("psa_account", default=None)
+_owners: OrderedDict[str, str | None] = OrderedDict()
+_lock = threading.Lock()
+
+
+def register(server: Any) -> None:
+    """Begin to note accounts; ``server`` is ComfyUI's PromptServer, before it starts."""
+    if not args.multi_user:
+        return
+
+    @web.middleware
+    async def note_account(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        try:
+            account = server.user_manager.get_request_user_id(request)
+        except KeyError:
+            account = None
+        token = _asking.set(account)
+        try:
+            return await handler(request)
+        finally:
+            _asking.reset(token)
+
+    server.app.middlewares.append(note_account)
+    server.add_on_prompt_handler(_note_prompt)
+
+
+def current_account() -> str | None:
+    """Return the account whose request is answered, or whose prompt runs; None where ComfyUI has no accounts.
+
+    Raises:
+        UnknownAccountError: ComfyUI has accounts, and none of them asks.
+    """
+    if not args.multi_user:
+        return None
+    running = get_executing_context()
+    with _lock:
+        account = _owners.get(running.prompt_id) if running else _asking.get()
+    if account is None:
+        raise UnknownAccountError(
+            "This ComfyUI has accounts, and it is not known which of them asks, so nobody's profile can be "
+            "used. Log in and try again; through the API, send the header comfy-user."
+        )
+    return account
+
+
+def _note_prompt(body: dict[str, Any]) -> dict[str, Any]:
+    with _lock:
+        prompt_id = str(body.get("prompt_id") or uuid.uuid4())
+        if prompt_id in _owners:  # an id that somebody else's prompt may have
+            prompt_id = str(uuid.uuid4())
+        _owners[prompt_id] = _asking.get()
+        while len(_owners) > _REMEMBERED:
+            _owners.popitem(last=False)
+    return {**body, "prompt_id": prompt_id}

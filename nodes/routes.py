@@ -1,0 +1,247 @@
+"""The private store over HTTP, under ``/psa/``, for the browser side of whoever sits at this ComfyUI.
+
+A web page that the artist visits must be able neither to read nor to change a profile: requests from another origin are
+refused, also those that reach this server under a name that is not its own (DNS rebinding), and writes have to be JSON,
+which a page cannot send elsewhere without being asked for its origin.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from ..profiles import (
+    CATEGORIES,
+    ConflictError,
+    Profile,
+    ProfileError,
+    StoredProfile,
+    StoreError,
+    UnknownProfileError,
+    decide,
+    levels,
+    parse_profile,
+)
+from ..profiles.schema import AGE_GROUPS, GENDERS, MAX_AGE, MENTAL_CONDITIONS, PHYSICAL_CONDITIONS, RELIGIONS
+from .accounts import UnknownAccountError
+from .folders import profile_store
+
+LARGEST_BODY = 64 * 1024  # bytes; a profile with the longest notes has a third of it
+HOSTS = "PSA_HOSTS"  # names under which this ComfyUI is reached, separated by commas
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def register(server: Any) -> None:
+    """Add the routes; ``server`` is ComfyUI's PromptServer, before it starts."""
+    for method, path, handler in (
+        ("GET", "/psa/profiles", _list),
+        ("POST", "/psa/profiles", _create),
+        ("GET", "/psa/profiles/{id}", _read),
+        ("PUT", "/psa/profiles/{id}", _save),
+        ("DELETE", "/psa/profiles/{id}", _delete),
+        ("POST", "/psa/profiles/{id}/activate", _activate),
+        ("POST", "/psa/profiles/{id}/restore", _restore),
+        ("POST", "/psa/preview", _preview),
+        ("GET", "/psa/presets", _presets),
+    ):
+        server.routes.route(method, path)(_guarded(handler))
+
+
+async def _list(_request: web.Request) -> web.Response:
+    """Names and ids; no attribute of anybody."""
+    entries = [
+        {
+            "id": entry.id,
+            "name": entry.name,
+            "active": entry.active,
+            "problem": entry.problem,
+            "restorable": entry.restorable,
+        }
+        for entry in profile_store().entries()
+    ]
+    return _answer({"profiles": entries})
+
+
+async def _create(request: web.Request) -> web.Response:
+    profile = _profile(await _body(request, {"profile"}))
+    return _answer(_described(profile_store().create(profile)), status=201)
+
+
+async def _read(request: web.Request) -> web.Response:
+    return _answer(_described(profile_store().read(request.match_info["id"])))
+
+
+async def _save(request: web.Request) -> web.Response:
+    """Replace the version that was read; without a revision, put back a profile that was deleted."""
+    body = await _body(request, {"profile", "revision"})
+    profile, revision, profile_id = _profile(body), body["revision"], request.match_info["id"]
+    store = profile_store()
+    if revision is None:
+        return _answer(_described(store.put_back(profile_id, profile)), status=201)
+    if not isinstance(revision, str):
+        raise _refusal(web.HTTPBadRequest, "revision should be the text that came with the profile, or null.")
+    return _answer(_described(store.save(StoredProfile(profile_id, revision, profile), profile)))
+
+
+async def _delete(request: web.Request) -> web.Response:
+    profile_store().delete(request.match_info["id"])
+    return _answer({})
+
+
+async def _activate(request: web.Request) -> web.Response:
+    await _body(request, set())
+    profile_store().activate(request.match_info["id"])
+    return _answer({})
+
+
+async def _restore(request: web.Request) -> web.Response:
+    await _body(request, set())
+    return _answer(_described(profile_store().restore(request.match_info["id"])))
+
+
+async def _preview(request: web.Request) -> web.Response:
+    """What would be banned, and why; nothing is stored."""
+    return _answer({"decisions": _decisions(_profile(await _body(request, {"profile"})))})
+
+
+async def _presets(_request: web.Request) -> web.Response:
+    """Everything that an editor offers: the levels, and the paper's values."""
+    return _answer(
+        {
+            "categories": CATEGORIES,
+            "genders": GENDERS,
+            "religions": RELIGIONS,
+            "physical_conditions": PHYSICAL_CONDITIONS,
+            "mental_conditions": MENTAL_CONDITIONS,
+            "age_groups": [{"name": name, "from": first} for name, first in AGE_GROUPS],
+            "max_age": MAX_AGE,
+            "levels": [
+                {
+                    "id": level.id,
+                    "label": level.label,
+                    "profile": level.profile.model_dump(),
+                    "decisions": _decisions(level.profile),
+                }
+                for level in levels()
+            ],
+        }
+    )
+
+
+def _described(stored: StoredProfile) -> dict[str, Any]:
+    return {
+        "id": stored.id,
+        "revision": stored.revision,
+        "profile": stored.profile.model_dump(),
+        "decisions": _decisions(stored.profile),
+    }
+
+
+def _decisions(profile: Profile) -> list[dict[str, Any]]:
+    return [
+        {"category": category, "banned": decision.banned, "reasons": decision.reasons}
+        for category, decision in decide(profile).items()
+    ]
+
+
+def _profile(body: dict[str, Any]) -> Profile:
+    return parse_profile(body["profile"], "What was sent")
+
+
+async def _body(request: web.Request, names: set[str]) -> dict[str, Any]:
+    """Return the JSON object that was sent, which has to have exactly these names."""
+    if request.content_type != "application/json":
+        raise _refusal(web.HTTPUnsupportedMediaType, "Send JSON, with the content type application/json.")
+    raw = await request.content.read(LARGEST_BODY + 1)
+    while len(raw) <= LARGEST_BODY and (more := await request.content.read(LARGEST_BODY + 1 - len(raw))):
+        raw += more
+    if len(raw) > LARGEST_BODY:
+        raise _refusal(web.HTTPRequestEntityTooLarge, f"Send at most {LARGEST_BODY} bytes.")
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict) or set(body) != names:
+        expected = f"a JSON object with {', '.join(sorted(names))}" if names else "an empty JSON object"
+        raise _refusal(web.HTTPBadRequest, f"Send {expected}.")
+    return body
+
+
+def _guarded(handler: _Handler) -> _Handler:
+    async def guarded(request: web.Request) -> web.StreamResponse:
+        if not _from_here(request):
+            return _answer({"error": "Profiles are for this ComfyUI's own page."}, status=403)
+        if not _own_name(request):
+            return _answer(
+                {
+                    "error": f"This ComfyUI does not know the name {request.url.host}. If it is yours, start ComfyUI "
+                    f"with the environment variable {HOSTS}={request.url.host}."
+                },
+                status=403,
+            )
+        try:
+            return await handler(request)
+        except UnknownAccountError as error:
+            return _answer({"error": str(error)}, status=403)
+        except UnknownProfileError as error:
+            return _answer({"error": str(error)}, status=404)
+        except ConflictError as error:
+            return _answer({"error": str(error)}, status=409)
+        except StoreError as error:
+            return _answer({"error": str(error)}, status=500)
+        except ProfileError as error:
+            return _answer({"error": str(error)}, status=400)
+
+    return guarded
+
+
+def _from_here(request: web.Request) -> bool:
+    """Return whether the request comes from a page of this server, or from no page at all."""
+    if request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+        return False
+    origin = request.headers.get("Origin")
+    return origin is None or urlsplit(origin).netloc.lower() == request.host.lower()
+
+
+def _own_name(request: web.Request) -> bool:
+    """Return whether the name in the request is one that only this machine has.
+
+    A page elsewhere can give itself this machine's address, but then it comes with a name of its own.
+    """
+    host = (request.url.host or "").lower()
+    own = socket.gethostname().lower()
+    if host in ("localhost", own, f"{own}.local") or host.endswith(".localhost"):
+        return True
+    if host in (name.strip().lower() for name in os.environ.get(HOSTS, "").split(",")):
+        return True
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _refusal(kind: type[web.HTTPException], message: str) -> web.HTTPException:
+    headers = {**_HEADERS, "Content-Type": "application/json"}
+    if kind is web.HTTPRequestEntityTooLarge:
+        return web.HTTPRequestEntityTooLarge(
+            max_size=LARGEST_BODY, actual_size=LARGEST_BODY + 1, headers=headers, text=json.dumps({"error": message})
+        )
+    return kind(headers=headers, text=json.dumps({"error": message}))
+
+
+def _answer(content: dict[str, Any], status: int = 200) -> web.Response:
+    return web.json_response(content, status=status, headers=_HEADERS)
