@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
 from comfy_api.latest import ComfyExtension, io
-from server import PromptServer
 
 from . import accounts, adapter_nodes, explain, miniature, profile_nodes, routes
 from .folders import register_folders
@@ -16,8 +17,8 @@ class PSAExtension(ComfyExtension):
         """Register the model folders and, in a server, the routes; then return all nodes."""
         register_folders()
         # Not in on_load: ComfyUI 0.3.75 declares it, but does not call it.
-        server = getattr(PromptServer, "instance", None)
-        if server is not None:
-            accounts.register(server)
-            routes.register(server)
+        module = sys.modules.get("server")  # there if ComfyUI runs; importing it here would start half of one
+        if module is not None:
+            accounts.register(module.PromptServer.instance)
+            routes.register(module.PromptServer.instance)
         return [*adapter_nodes.NODES, *profile_nodes.NODES, *miniature.NODES, *explain.NODES]

@@ -67,21 +67,21 @@ class PSAUserProfile(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """One choice: the active profile, or one by its random id."""
+        """One choice: the active profile, one by its random id, or a level."""
         return node_schema(
             ["PSA", "user profile", "safety profile", "my profile", "boundaries"],
             node_id="PSAUserProfile",
             display_name="User Safety Profile",
             description="Your profile, or another one stored on this machine. The workflow holds only a "
-            'reference; with "active" whoever opens it gets their own boundaries. Make profiles with '
-            "`psa profile new`.",
+            'reference; with "active" whoever opens it gets their own boundaries. Make profiles in the tab Safety '
+            "Profiles.",
             inputs=[
                 io.Combo.Input(
                     "profile_id",
-                    options=[ACTIVE, *_profile_ids()],
+                    options=[ACTIVE, *_profile_ids(), *(level.id for level in levels())],
                     default=ACTIVE,
                     tooltip='"active" is the active profile of whoever runs the workflow; the others are random ids '
-                    "(`psa profile list` shows their names).",
+                    "of profiles on this machine, and the levels L0 to L5.",
                 )
             ],
             outputs=[UserProfile.Output("profile", display_name="profile", tooltip="For Encode Safety Profile.")],
@@ -95,7 +95,7 @@ class PSAUserProfile(io.ComfyNode):
         """
         try:
             if profile_id is not None:
-                profile_store().resolve(profile_id)
+                _profile(profile_id)
         except ProfileError as error:
             return str(error)
         return True
@@ -106,15 +106,20 @@ class PSAUserProfile(io.ComfyNode):
         if profile_id is None:
             return float("nan")  # linked: unknown until it runs, so it always runs
         try:
-            profile = profile_store().resolve(profile_id).profile
-            return private_fingerprint(json.dumps(profile.model_dump(), sort_keys=True))
+            return private_fingerprint(json.dumps(_profile(profile_id).model_dump(), sort_keys=True))
         except ProfileError:
             return "unreadable"
 
     @classmethod
     def execute(cls, profile_id: str) -> io.NodeOutput:
         """Read the profile."""
-        return io.NodeOutput(profile_store().resolve(profile_id).profile)
+        return io.NodeOutput(_profile(profile_id))
+
+
+def _profile(reference: str) -> Profile:
+    if any(reference == level.id for level in levels()):
+        return find_level(reference).profile
+    return profile_store().resolve(reference).profile
 
 
 def _profile_ids() -> list[str]:

@@ -190,8 +190,8 @@ class ProfileStore:
         active = self.active_id()
         if active is None:
             raise ProfileError(
-                "No safety profile is active on this machine. Make one with `psa profile new --activate`, or "
-                "activate one with `psa profile activate ID` (`psa profile list` shows the ids)."
+                "No safety profile is active on this machine. Make or choose one in the tab Safety Profiles, or with "
+                "`psa profile new --activate`."
             )
         return self.read(active)
 

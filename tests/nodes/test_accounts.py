@@ -90,7 +90,7 @@ def test_everybody_sees_their_own_profiles_alone(accounts: Accounts) -> None:
         options = requests.get(
             f"{accounts.server.url}/object_info/PSAUserProfile", headers=accounts.headers(name), timeout=60
         ).json()["PSAUserProfile"]["input"]["required"]["profile_id"][1]["options"]
-        assert options == ["active", *listed]
+        assert options == ["active", *listed, "L0", "L1", "L2", "L3", "L4", "L5"]
 
 
 def test_nobody_reads_changes_or_activates_anothers(accounts: Accounts) -> None:

@@ -95,7 +95,7 @@ def test_levels_are_found_by_id_whatever_their_label_says(nodes: dict[str, Any])
 
 def test_the_profile_node_offers_references_alone(nodes: dict[str, Any]) -> None:
     stored = profile_store().create(Profile(name="Somebody", religion="Somefaith"))
-    assert options(nodes["PSAUserProfile"], "profile_id") == ["active", stored.id]
+    assert options(nodes["PSAUserProfile"], "profile_id") == ["active", stored.id, *(level.id for level in levels())]
 
 
 def test_active_means_whoever_is_active_here(nodes: dict[str, Any]) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 import requests
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 from prompts import CHECKPOINT
 from studio import Studio
 
@@ -22,14 +20,6 @@ from comfyui_psa.training.miniature import MINIATURE
 from comfyui_psa.training.miniature.detector import load_detector
 from comfyui_psa.training.miniature.recipe import DETECTOR
 
-OPTIONS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-sync",
-    "--disable-component-update",
-    "--no-first-run",
-)
 NODES = {
     "PSALoadAdapter": "Load PSA Adapter",
     "PSALoadMiniature": "Load PSA Miniature",
@@ -42,23 +32,6 @@ NODES = {
     "PSAExplainPicture": "Explain PSA: Picture",
 }
 EXAMPLES = ("psa_first_steps", "psa_explain", "psa_checkpoint")
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["canvas", "nodes2"])
-def page(request: pytest.FixtureRequest, studio: Studio) -> Iterator[Page]:
-    settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": request.param}
-    requests.post(f"{studio.server.url}/settings", json=settings, timeout=30).raise_for_status()
-    system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=system, args=list(OPTIONS))
-        page = browser.new_page(viewport={"width": 1600, "height": 900})
-        page.goto(studio.server.url)
-        page.wait_for_function(
-            "() => !!(window.app?.extensionManager && window.LiteGraph?.registered_node_types?.PSAApply)",
-            timeout=120_000,
-        )
-        yield page
-        browser.close()
 
 
 def example(name: str) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+// @ts-check
+/**
+ * The private store on the server (nodes/routes.py), and what this page knows of it: names and ids. A profile itself is
+ * only here while it is edited.
+ */
+
+import { api } from '../../../scripts/api.js'
+
+/**
+ * @typedef {{id: string, name: string, active: boolean, problem: string | null, restorable: boolean}} Entry
+ * @typedef {{category: string, banned: boolean, reasons: string[]}} Decision
+ * @typedef {Record<string, 'ban' | 'allow' | 'rule'>} Overrides
+ * @typedef {{name: string, age: number | null, gender: string | null, religion: string | null,
+ *   physical_condition: string | null, mental_condition: string | null, overrides: Overrides, notes: string}} Profile
+ * @typedef {{id: string, revision: string, profile: Profile, decisions: Decision[]}} Stored
+ * @typedef {{id: string, label: string, profile: Profile, decisions: Decision[]}} Level
+ * @typedef {{categories: string[], genders: string[], religions: string[], physical_conditions: string[],
+ *   mental_conditions: string[], max_age: number, levels: Level[]}} Presets
+ */
+
+/** An answer of the server that says what is wrong, in words for the artist. */
+export class StoreProblem extends Error {
+  /** @param {string} message @param {number} status */
+  constructor(message, status) {
+    super(message)
+    this.status = status
+  }
+}
+
+/** Fires "change" whenever the list, or a profile, may have changed. */
+export class ProfileStore extends EventTarget {
+  constructor() {
+    super()
+    /** @type {Entry[]} */
+    this.entries = []
+    /** @type {string | null} Why the list cannot be had. */
+    this.problem = null
+    /** @type {Promise<Presets> | null} */
+    this._presets = null
+  }
+
+  /** @returns {Entry | undefined} */
+  get active() {
+    return this.entries.find((entry) => entry.active)
+  }
+
+  async refresh() {
+    try {
+      this.entries = (await this._ask('GET', '/profiles')).profiles
+      this.problem = null
+    } catch (error) {
+      this.entries = []
+      this.problem = problemOf(error)
+    }
+    this.dispatchEvent(new Event('change'))
+  }
+
+  /** @returns {Promise<Presets>} */
+  presets() {
+    this._presets ??= this._ask('GET', '/presets')
+    return this._presets
+  }
+
+  /** @param {string} id @returns {Promise<Stored>} */
+  read(id) {
+    return this._ask('GET', `/profiles/${encodeURIComponent(id)}`)
+  }
+
+  /** @param {Profile} profile @returns {Promise<Decision[]>} */
+  async preview(profile) {
+    return (await this._ask('POST', '/preview', { profile })).decisions
+  }
+
+  /** @param {Profile} profile @returns {Promise<Stored>} */
+  create(profile) {
+    return this._change('POST', '/profiles', { profile })
+  }
+
+  /** @param {Stored} stored The version that was read. @param {Profile} profile @returns {Promise<Stored>} */
+  save(stored, profile) {
+    return this._change('PUT', `/profiles/${stored.id}`, { profile, revision: stored.revision })
+  }
+
+  /** @param {string} id */
+  remove(id) {
+    return this._change('DELETE', `/profiles/${id}`)
+  }
+
+  /** Undo a deletion. @param {Stored} stored @param {boolean} active Whether it was the active one. */
+  async putBack(stored, active) {
+    await this._change('PUT', `/profiles/${stored.id}`, { profile: stored.profile, revision: null })
+    if (active) await this.activate(stored.id)
+  }
+
+  /** @param {string} id */
+  activate(id) {
+    return this._change('POST', `/profiles/${id}/activate`, {})
+  }
+
+  /** @param {string} id */
+  restore(id) {
+    return this._change('POST', `/profiles/${id}/restore`, {})
+  }
+
+  /** @param {string} method @param {string} path @param {object} [body] */
+  async _change(method, path, body) {
+    try {
+      return await this._ask(method, path, body)
+    } finally {
+      await this.refresh()
+    }
+  }
+
+  /** @param {string} method @param {string} path @param {object} [body] @returns {Promise<any>} */
+  async _ask(method, path, body) {
+    const answer = await api.fetchApi(`/psa${path}`, {
+      method,
+      cache: 'no-store',
+      ...(body && { body: JSON.stringify(body), headers: { 'Content-Type': 'application/json' } })
+    })
+    const content = await answer.json().catch(() => ({}))
+    if (!answer.ok) throw new StoreProblem(content.error ?? `${answer.status} ${answer.statusText}`, answer.status)
+    return content
+  }
+}
+
+/** @param {unknown} error */
+export function problemOf(error) {
+  return error instanceof Error ? error.message : String(error)
+}

@@ -1,0 +1,219 @@
+// @ts-check
+/** The sidebar tab "Safety Profiles": list, search, make, change, import and export. */
+
+import { app } from '../../../scripts/app.js'
+import { editor, emptyProfile } from './editor.js'
+import { button, h, iconButton, profileName } from './elements.js'
+import { problemOf } from './store.js'
+import { t } from './words.js'
+
+export const TAB_ID = 'psa-profiles'
+const FILE_FORMAT = { format: 'psa_profile', format_version: 1 }
+
+/**
+ * @typedef {import('./store.js').ProfileStore} ProfileStore
+ * @typedef {import('./store.js').Profile} Profile
+ * @typedef {import('./store.js').Entry} Entry
+ * @typedef {import('./store.js').Stored} Stored
+ */
+
+/** What other parts ask of the tab, before or while it is shown. */
+const wishes = new EventTarget()
+/** @type {{edit: string | null} | null} */
+let wish = null
+
+/** Open the tab with a profile in the editor, or with a new one. @param {string | null} id */
+export function openEditor(id) {
+  wish = { edit: id }
+  if (app.extensionManager.sidebarTab.activeSidebarTabId !== TAB_ID) {
+    app.extensionManager.sidebarTab.toggleSidebarTab(TAB_ID)
+  }
+  wishes.dispatchEvent(new Event('wish'))
+}
+
+/** @param {ProfileStore} store */
+export function profilesTab(store) {
+  /** @type {(() => void) | null} */
+  let leave = null
+  return {
+    id: TAB_ID,
+    icon: 'pi pi-shield',
+    title: t('tab'),
+    tooltip: t('tab'),
+    type: /** @type {const} */ ('custom'),
+    /** @param {HTMLElement} place */
+    render(place) {
+      leave?.()
+      leave = showTab(place, store)
+    },
+    destroy() {
+      leave?.()
+      leave = null
+    }
+  }
+}
+
+/** @param {HTMLElement} place @param {ProfileStore} store @returns {() => void} */
+function showTab(place, store) {
+  const list = h('ul', { class: 'psa-list' })
+  const said = h('div', { class: 'psa-said', role: 'status' })
+  const search = h('input', {
+    type: 'search', class: 'psa-search', placeholder: t('search'), 'aria-label': t('search'), oninput: showList,
+    onkeydown: (/** @type {KeyboardEvent} */ event) => event.stopPropagation()
+  })
+  const file = h('input', { type: 'file', accept: '.json,application/json', hidden: true, onchange: importFile })
+  const body = h('div', { class: 'psa-body' })
+  const heading = h('div', { class: 'psa-heading' },
+    h('h2', {}, t('tab')),
+    iconButton('plus', t('new_profile'), () => edit(null)),
+    iconButton('download', t('import'), () => file.click()),
+    file)
+  place.replaceChildren(h('section', { class: 'psa-tab', 'aria-label': t('tab') }, heading, body, said))
+
+  /** @param {string} message @param {string} [undoLabel] @param {() => Promise<void>} [undo] */
+  function say(message, undoLabel, undo) {
+    said.replaceChildren(h('span', {}, message))
+    if (undoLabel && undo) {
+      said.append(button(undoLabel, async () => {
+        said.replaceChildren()
+        await attempt(undo)
+      }))
+    }
+  }
+
+  /** @param {() => Promise<unknown>} action */
+  async function attempt(action) {
+    try {
+      await action()
+    } catch (error) {
+      say(problemOf(error))
+    }
+  }
+
+  function showOverview() {
+    body.replaceChildren(search, list)
+    showList()
+  }
+
+  function showList() {
+    if (store.problem) {
+      list.replaceChildren(h('li', { class: 'psa-problem', role: 'alert' }, store.problem))
+      return
+    }
+    if (store.entries.length === 0) {
+      list.replaceChildren(h('li', { class: 'psa-welcome' },
+        h('p', {}, t('welcome')),
+        h('p', {}, t('welcome_private')),
+        button(t('make_my_profile'), () => edit(null), 'primary')))
+      return
+    }
+    const wanted = search.value.trim().toLowerCase()
+    const found = store.entries.filter((entry) => profileName(entry.name).toLowerCase().includes(wanted))
+    list.replaceChildren(...found.map(line))
+    if (found.length === 0) list.append(h('li', {}, t('none_found')))
+  }
+
+  /** @param {Entry} entry */
+  function line(entry) {
+    const name = profileName(entry.name)
+    if (entry.problem) {
+      return h('li', { class: 'psa-entry psa-damaged' },
+        h('p', { class: 'psa-problem' }, entry.problem),
+        h('div', { class: 'psa-buttons' },
+          entry.restorable ? button(t('restore'), () => attempt(() => store.restore(entry.id)), 'primary') : null,
+          button(t('set_aside'), () => attempt(() => store.remove(entry.id)))))
+    }
+    return h('li', { class: `psa-entry ${entry.active ? 'psa-active' : ''}`, 'data-id': entry.id },
+      h('button', {
+        type: 'button', class: 'psa-name', 'aria-current': entry.active ? 'true' : null,
+        'aria-label': t(entry.active ? 'is_active' : 'activate', { name }),
+        onclick: () => attempt(() => store.activate(entry.id))
+      },
+      h('i', { class: `pi pi-${entry.active ? 'check-circle' : 'circle'}`, 'aria-hidden': 'true' }),
+      h('span', {}, name),
+      entry.active ? h('small', {}, t('active')) : null),
+      h('span', { class: 'psa-actions' },
+        iconButton('pencil', t('edit', { name }), () => edit(entry.id)),
+        iconButton('copy', t('duplicate', { name }), () => attempt(() => duplicate(entry))),
+        iconButton('upload', t('export', { name }), () => attempt(() => exportFile(entry))),
+        iconButton('trash', t('delete', { name }), () => attempt(() => remove(entry)))))
+  }
+
+  /** @param {string | null} id */
+  async function edit(id) {
+    await attempt(async () => {
+      const presets = await store.presets()
+      const stored = id === null ? null : await store.read(id)
+      const first = store.entries.length === 0
+      body.replaceChildren(editor(store, presets, stored?.profile ?? emptyProfile(), {
+        title: stored ? t('edit', { name: profileName(stored.profile.name) }) : t('new_profile'),
+        save: async (profile) => {
+          const saved = stored ? await store.save(stored, profile) : await store.create(profile)
+          if (first) await store.activate(saved.id)
+          showOverview()
+          say(t('saved', { name: profileName(profile.name) }))
+        },
+        cancel: showOverview
+      }))
+      /** @type {HTMLInputElement | null} */
+      const nameField = body.querySelector('.psa-fields input')
+      nameField?.focus()
+    })
+  }
+
+  /** @param {Entry} entry */
+  async function duplicate(entry) {
+    const { profile } = await store.read(entry.id)
+    await store.create({ ...profile, name: t('copy_of', { name: profileName(profile.name) }) })
+  }
+
+  /** @param {Entry} entry */
+  async function remove(entry) {
+    const stored = await store.read(entry.id)
+    await store.remove(entry.id)
+    say(t('deleted', { name: profileName(entry.name) }), t('undo'), () => store.putBack(stored, entry.active))
+  }
+
+  /** @param {Entry} entry */
+  async function exportFile(entry) {
+    const { profile } = await store.read(entry.id)
+    const content = JSON.stringify({ ...FILE_FORMAT, profile }, null, 2)
+    const url = URL.createObjectURL(new Blob([content], { type: 'application/json' }))
+    h('a', { href: url, download: `${profileName(profile.name)}.psa.json` }).click()
+    URL.revokeObjectURL(url)
+    say(t('exported'))
+  }
+
+  async function importFile() {
+    const chosen = file.files?.[0]
+    file.value = ''
+    if (!chosen) return
+    await attempt(async () => {
+      const content = await chosen.text().then(JSON.parse).catch(() => null)
+      if (content?.format !== FILE_FORMAT.format || content.format_version !== FILE_FORMAT.format_version) {
+        throw new Error(t('no_profile_file', { file: chosen.name }))
+      }
+      const stored = await store.create(content.profile)
+      say(t('imported', { name: profileName(stored.profile.name) }))
+    })
+  }
+
+  function followWish() {
+    if (!wish) return
+    const { edit: id } = wish
+    wish = null
+    edit(id)
+  }
+
+  const onChange = () => { if (list.isConnected) showList() }
+  store.addEventListener('change', onChange)
+  wishes.addEventListener('wish', followWish)
+  showOverview()
+  store.refresh()
+  followWish()
+  return () => {
+    store.removeEventListener('change', onChange)
+    wishes.removeEventListener('wish', followWish)
+    place.replaceChildren()
+  }
+}
