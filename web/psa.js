@@ -3,6 +3,7 @@
 
 import { app } from '../../scripts/app.js'
 import { addCard } from './psa/card.js'
+import { profileSettings } from './psa/settings.js'
 import { ProfileStore } from './psa/store.js'
 import { profilesTab } from './psa/tab.js'
 import { loadWords } from './psa/words.js'
@@ -11,6 +12,7 @@ const store = new ProfileStore()
 
 app.registerExtension({
   name: 'ComfyUI-PSA',
+  settings: profileSettings(store),
 
   async setup() {
     const style = document.createElement('link')

@@ -299,7 +299,7 @@ def test_active_refers_to_the_last_one_activated(store: ProfileStore) -> None:
 
 def test_without_an_active_profile_the_message_says_how_to_make_one(store: ProfileStore) -> None:
     store.create(FULL)
-    with pytest.raises(ProfileError, match="in the tab Safety Profiles, or with .psa profile new --activate"):
+    with pytest.raises(ProfileError, match="in the tab Safety Profiles"):
         store.resolve("active")
 
 

@@ -218,6 +218,27 @@ def test_the_card_follows_the_store_and_picks_a_profile_or_a_level(page: Page, s
     expect(card.get_by_role("meter")).to_have_attribute("aria-valuetext", "bans 2 of 7")
 
 
+def test_names_stay_out_of_nodes_and_new_nodes_begin_with_another_profile_if_somebody_says_so(
+    page: Page, store: ProfileStore
+) -> None:
+    stored = store.create(Profile(name=MARKER))
+    store.activate(stored.id)
+    page.evaluate("() => app.extensionManager.setting.set('PSA.ShowNames', false)")
+    page.evaluate("() => app.extensionManager.setting.set('PSA.DefaultProfile', 'L4')")
+    try:
+        open_tab(page)
+        page.evaluate("() => app.graph.add(LiteGraph.createNode('PSAUserProfile'))")
+        picker = page.locator(".psa-card").get_by_role("combobox")
+        expect(picker).to_have_value("L4")
+        expect(picker.locator("option").first).to_have_text(f"The active profile (#{stored.id[:4]})")
+        expect(picker).not_to_contain_text(MARKER)
+        page.evaluate("() => app.extensionManager.setting.set('PSA.ShowNames', true)")
+        expect(picker).to_contain_text(MARKER)
+    finally:
+        page.evaluate("() => app.extensionManager.setting.set('PSA.ShowNames', true)")
+        page.evaluate("() => app.extensionManager.setting.set('PSA.DefaultProfile', 'active')")
+
+
 def test_a_workflow_of_somebody_else_says_what_is_missing_and_draws_nothing(page: Page, store: ProfileStore) -> None:
     card = add_card(page, "0123456789abcdef")
     expect(card.get_by_role("alert")).to_contain_text("a profile that is not on this computer")
@@ -316,7 +337,9 @@ def test_the_language_is_comfyuis(browser: Page, server: ComfyUIServer, store: P
 
 
 def words(language: str) -> dict[str, str]:
-    content = json.loads((PACK / "locales" / language / "main.json").read_text(encoding="utf-8"))
+    folder = PACK / "locales" / language
+    content = json.loads((folder / "main.json").read_text(encoding="utf-8"))["psa"]
+    content["settings"] = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
 
     def flat(place: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
         for name, value in place.items():
@@ -325,7 +348,7 @@ def words(language: str) -> dict[str, str]:
             else:
                 yield f"{prefix}{name}", value
 
-    return dict(flat(content["psa"]))
+    return dict(flat(content))
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

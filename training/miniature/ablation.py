@@ -6,7 +6,6 @@ ablation goes on where it was, and a variant more costs its own time.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,30 +20,15 @@ from ...safe_files import replacing
 from ..config import Section, read_toml
 from ..errors import TrainingError
 from . import PEOPLE, SEED
-from .adapters import Asked, evaluate, train_adapter
+from .adapters import Asked, evaluate, train_adapter, write_results
 from .cases import draw_cases
 from .evaluation import Outcome, draw_all, studios
 from .kept import Kept
 from .methods import Method
 from .recipe import DETECTOR
-from .results import Share, in_words
 
 PLAN = Path(__file__).with_suffix(".toml")
 
-# What a row says: title, group, what was asked, measure.
-_COLUMNS = (
-    ("banned, named: clean", "some", "banned, named", "clean"),
-    ("banned, implied: clean", "some", "banned, implied", "clean"),
-    ("allowed, named: kept", "some", "allowed, named", "kept"),
-    ("allowed, implied: kept", "some", "allowed, implied", "kept"),
-    ("object", "some", "banned, named", "object"),
-    ("all, named: clean", "everything", "banned, named", "clean"),
-    ("all, implied: clean", "everything", "banned, implied", "clean"),
-    ("all: object", "everything", "banned, named", "object"),
-    ("none: kept", "nothing", "allowed, named", "kept"),
-    ("none: object", "nothing", "allowed, named", "object"),
-    ("none: alike", "nothing", "allowed, named", "likeness"),
-)
 _CURVES = (
     ("some banned: clean where a banned glyph is asked for", "some", True, "clean"),
     ("some banned: allowed glyphs kept", "some", False, "prompted"),
@@ -101,19 +85,14 @@ def run_ablation(
     asked = Asked(plan.per_cell, seen=False, likeness=plan.likeness)
     flat = [(name, path) for name, paths in trained.items() for path in paths]
     results = evaluate(base, flat, None, asked, language_models, counted, progress)
-    table = _table(results)
     curves: Mapping[str, Any] = {}
     if plan.curve:
         checkpoints = {name: _checkpoints(paths[0]) for name, paths in trained.items()}
         curves = _curves(checkpoints, plan, base, language_models, counted, progress)
         with replacing(output.with_suffix(".png")) as aside:
             _plot(curves).savefig(aside, format="png", dpi=120)
-    with replacing(output) as aside:
-        rows = {name: value for name, value in results.items() if name != "markdown"}
-        aside.write_text(json.dumps({**rows, "curves": curves}, indent=1) + "\n", encoding="utf-8")
-    with replacing(output.with_suffix(".md")) as aside:
-        aside.write_text(f"{table}\n{results['markdown']}", encoding="utf-8")
-    return table
+    write_results({**results, "curves": curves}, output)
+    return str(results["summary"])
 
 
 def _train(
@@ -192,21 +171,3 @@ def _plot(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> matplotlib.fig
         axes.title.set_size(9)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
-
-
-def _table(results: Mapping[str, Any]) -> str:
-    """Return one row for each method: what people whom the training never saw get, in per cent."""
-    shares = {
-        (row["method"], row["group"], row["asked"], row["measure"]): row
-        for row in (*results["shares"], *results["likeness"])
-    }
-    titles = [title for title, *_ in _COLUMNS]
-    lines = [f"| | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
-    for method in dict.fromkeys(row["method"] for row in results["shares"]):
-        rows = [shares.get((method, group, asked, measure)) for _, group, asked, measure in _COLUMNS]
-        lines.append(f"| {method} | {' | '.join(_in_words(row) if row else '' for row in rows)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _in_words(row: Mapping[str, Any]) -> str:
-    return in_words(Share(row["value"], row["low"], row["high"], row["pictures"]))

@@ -26,7 +26,17 @@ from .kept import Kept
 from .methods import BASE, NEGATIVE_PROMPT, Method
 from .pairs import draw_folder
 from .recipe import DETECTOR, read_figures
-from .results import LIKENESS, Table, detector_line, differences, tabulate, tabulate_likeness, to_json, to_markdown
+from .results import (
+    LIKENESS,
+    Table,
+    detector_line,
+    differences,
+    summarise,
+    tabulate,
+    tabulate_likeness,
+    to_json,
+    to_markdown,
+)
 
 _STATIC = "static"
 
@@ -127,7 +137,9 @@ def evaluate(
             name: tabulate_likeness([compared[run.name] for run in together], free)
             for name, together in methods.items()
         }
+    summary = summarise(shares, alike)
     parts = (
+        summary,
         to_markdown(shares),
         "Against the base, case by case, in points:\n",
         to_markdown(above, ("kept", "object")),
@@ -139,6 +151,7 @@ def evaluate(
         "differences": to_json(above),
         "likeness": to_json(alike),
         "detector": detector,
+        "summary": summary,
         "markdown": "\n".join(parts),
     }
 
@@ -162,7 +175,7 @@ def _check_adapters(base: Path, adapters: Sequence[tuple[str, Path]], static: Pa
 
 def write_results(results: Mapping[str, Any], output: Path) -> None:
     """Write the rows of results as JSON and the tables as Markdown beside it."""
-    rows = {name: value for name, value in results.items() if name != "markdown"}
+    rows = {name: value for name, value in results.items() if name not in ("summary", "markdown")}
     with replacing(output) as aside:
         aside.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     with replacing(output.with_suffix(".md")) as aside:

@@ -18,6 +18,21 @@ _RESAMPLES = 2000
 MEASURES = ("suppressed", "clean", "substituted", "kept", "object")
 LIKENESS = "likeness"
 
+# What a row of the summary says of unseen people: title, group, what was asked, measure.
+_SUMMARY = (
+    ("banned, named: clean", "some", "banned, named", "clean"),
+    ("banned, implied: clean", "some", "banned, implied", "clean"),
+    ("allowed, named: kept", "some", "allowed, named", "kept"),
+    ("allowed, implied: kept", "some", "allowed, implied", "kept"),
+    ("object", "some", "banned, named", "object"),
+    ("all, named: clean", "everything", "banned, named", "clean"),
+    ("all, implied: clean", "everything", "banned, implied", "clean"),
+    ("all: object", "everything", "banned, named", "object"),
+    ("none: kept", "nothing", "allowed, named", "kept"),
+    ("none: object", "nothing", "allowed, named", "object"),
+    ("none: alike", "nothing", "allowed, named", "likeness"),
+)
+
 Outcomes = Sequence[Outcome]
 Measured = Mapping[str, float]
 
@@ -153,6 +168,19 @@ def to_markdown(tables: Mapping[str, Table], measures: Sequence[str] = MEASURES)
             values = [in_words(shares[name]) if name in shares else "" for name in measures]
             if any(values):
                 lines.append(f"| {cell.group}, {cell.people} | {cell.asked} | {method} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def summarise(shares: Mapping[str, Table], alike: Mapping[str, Table]) -> str:
+    """Return a table with one row for each method: what people whom the training never saw get, in per cent."""
+    columns = [column for column in _SUMMARY if alike or column[-1] != LIKENESS]
+    lines = [f"| unseen people | {' | '.join(title for title, *_ in columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for method, table in shares.items():
+        found = [
+            (alike.get(method, {}) if measure == LIKENESS else table).get(Cell(group, "unseen", asked), {}).get(measure)
+            for _, group, asked, measure in columns
+        ]
+        lines.append(f"| {method} | {' | '.join(in_words(share) if share else '' for share in found)} |")
     return "\n".join(lines) + "\n"
 
 

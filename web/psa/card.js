@@ -2,7 +2,8 @@
 /** The card on User Safety Profile: whose boundaries this node brings in, and which they are. */
 
 import { levelLabel } from './editor.js'
-import { button, chips, h, profileName, strictness } from './elements.js'
+import { button, chips, h, strictness } from './elements.js'
+import { defaultReference, shownName } from './settings.js'
 import { problemOf } from './store.js'
 import { openEditor } from './tab.js'
 import { t } from './words.js'
@@ -16,6 +17,7 @@ export function addCard(node, store) {
   // The card's own picker shows names instead of ids.
   reference.hidden = true
   reference.options.hidden = true
+  reference.value = defaultReference() // a workflow that is opened overwrites it
 
   const picker = h('select', { class: 'psa-picker', 'aria-label': t('whose_boundaries'), onchange: () => {
     reference.value = picker.value
@@ -45,8 +47,8 @@ export function addCard(node, store) {
     if (number !== asked) return
     const levels = presets?.levels ?? []
     const names = new Map([
-      ['active', t('active_profile', { name: store.active ? profileName(store.active.name) : t('none') })],
-      ...store.entries.map((entry) => /** @type {[string, string]} */ ([entry.id, profileName(entry.name)])),
+      ['active', t('active_profile', { name: store.active ? shownName(store.active) : t('none') })],
+      ...store.entries.map((entry) => /** @type {[string, string]} */ ([entry.id, shownName(entry)])),
       ...levels.map((level) => /** @type {[string, string]} */ ([level.id, levelLabel(level)]))
     ])
     const missing = !names.has(reference.value)

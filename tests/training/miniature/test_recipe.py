@@ -203,6 +203,14 @@ def test_an_ablation_trains_what_is_not_there_and_compares_it(
     assert rows == {"base", "negative prompt", *variants}
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert {len(row["runs"]) for row in results["shares"] if row["method"] in variants} == {2}
+    (line,) = [line for line in shown.splitlines() if line.startswith("| text, plain |")]
+    asked = ("text, plain", "some", "unseen", "banned, named", "clean")
+    (clean,) = [
+        row["value"]
+        for row in results["shares"]
+        if tuple(row[name] for name in ("method", "group", "people", "asked", "measure")) == asked
+    ]
+    assert line.split("|")[2].strip().startswith(f"{100 * clean:.1f} (")
     assert {name: [row["step"] for row in rows] for name, rows in results["curves"].items()} == {
         name: [2, 4] for name in variants
     }
