@@ -37,13 +37,14 @@ app.command()(users)
 def demo(
     comfyui: Annotated[Path, typer.Option(help="The folder of a ComfyUI (with main.py).", envvar="COMFYUI_PATH")],
     output: Annotated[Path, typer.Option(help="The contact sheet to write.")] = Path("demo_output/levels.png"),
+    pictures: Annotated[int, typer.Option(min=1, help="Of each prompt; all count, the sheet shows the first.")] = 4,
 ) -> None:
     """Run "First steps" in a real ComfyUI for the base and the levels L0 to L5, and draw a contact sheet."""
     try:
         from .demo import run_demo
     except ModuleNotFoundError as error:
         raise ComfyUIError(f"The demo needs {error.name}: pip install -e '.[train]' in this pack's folder.") from None
-    run_demo(comfyui, output)
+    run_demo(comfyui, output, pictures)
 
 
 def main() -> None:

@@ -31,7 +31,6 @@ from .miniature.results import detector_line
 from .miniature.sheet import Column, Row, Tile, draw_sheet
 
 WORKFLOW = PACK / "example_workflows" / "psa_first_steps.json"
-PICTURES = 4  # of each prompt; the sheet shows the first
 SEED = 2025
 
 Picture = tuple[PIL.Image.Image, Sighting]
@@ -74,10 +73,10 @@ PROMPTS = (
 )
 
 
-def run_demo(comfyui: Path, output: Path) -> None:
+def run_demo(comfyui: Path, output: Path, pictures: int) -> None:
     """Write the contact sheet to ``output``, and the paper's and the counts beside it.
 
-    ``comfyui`` has ComfyUI's ``main.py``.
+    ``comfyui`` has ComfyUI's ``main.py``. All ``pictures`` of a prompt count; the sheets show the first.
 
     Raises:
         ComfyUIError: there is no ComfyUI, or it could not draw.
@@ -88,7 +87,7 @@ def run_demo(comfyui: Path, output: Path) -> None:
     console = Console()
     columns = [Column("base", ()), *(Column(level.id, banned_categories(level.profile)) for level in levels())]
     counts = {}
-    for shown, drawn in _draw_all(comfyui, detector, console).items():
+    for shown, drawn in _draw_all(comfyui, detector, pictures, console).items():
         sheet = output.with_stem(output.stem + shown.suffix)
         _write_sheet(sheet, columns, drawn)
         counts[shown.file] = [count(column, pictures) for column, pictures in zip(columns, drawn, strict=True)]
@@ -99,7 +98,7 @@ def run_demo(comfyui: Path, output: Path) -> None:
     console.print(f"Counts: {output.with_suffix('.json')}", soft_wrap=True)
 
 
-def _draw_all(comfyui: Path, detector: Detector, console: Console) -> dict[Shown, list[Pictures]]:
+def _draw_all(comfyui: Path, detector: Detector, number: int, console: Console) -> dict[Shown, list[Pictures]]:
     """Return for each adapter the pictures of the base and of every level."""
     bars = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with tempfile.TemporaryDirectory(prefix="psa-demo-") as folder, Progress(*bars, console=console) as progress:
@@ -111,7 +110,8 @@ def _draw_all(comfyui: Path, detector: Detector, console: Console) -> dict[Shown
                 progress.update(task, description=f"Drawing {what}")
                 found = []
                 for asked in PROMPTS:
-                    found.append(_draw(server, detector, level_prompt(workflow, asked.prompt, level, adapter)))
+                    prompt = level_prompt(workflow, asked.prompt, level, adapter, number)
+                    found.append(_draw(server, detector, prompt))
                     progress.advance(task)
                 return found
 
@@ -122,8 +122,8 @@ def _draw_all(comfyui: Path, detector: Detector, console: Console) -> dict[Shown
             }
 
 
-def level_prompt(workflow: Prompt, text: str, level: Level | None, adapter: str) -> Prompt:
-    """Return the workflow with a text, a level and an adapter's file.
+def level_prompt(workflow: Prompt, text: str, level: Level | None, adapter: str, pictures: int) -> Prompt:
+    """Return the workflow with a text, a level, an adapter's file and a number of pictures.
 
     Without a level, Apply PSA is taken out of the model's chain.
     """
@@ -131,7 +131,7 @@ def level_prompt(workflow: Prompt, text: str, level: Level | None, adapter: str)
     sampler = _only(prompt, "KSampler")
     sampler["seed"] = SEED
     prompt[sampler["positive"][0]]["inputs"]["text"] = text
-    _only(prompt, "EmptyLatentImage")["batch_size"] = PICTURES
+    _only(prompt, "EmptyLatentImage")["batch_size"] = pictures
     if level is None:
         sampler["model"] = _only(prompt, "PSAApply")["model"]
     else:

@@ -23,7 +23,7 @@ from comfyui_psa.training.miniature.recipe import DETECTOR, FIGURES, adherence
 from comfyui_psa.training.miniature.sampling import Painter
 
 TEXT, CONSTANT = ADAPTERS = ("psa_miniature.safetensors", "psa_miniature_constant.safetensors")
-PER_CELL = 16
+PER_CELL = 12
 
 
 @pytest.fixture(scope="module")
