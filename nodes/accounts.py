@@ -36,6 +36,7 @@ _lock = threading.Lock()
 
 def register(server: Any) -> None:
     """Begin to note accounts; ``server`` is ComfyUI's PromptServer, before it starts."""
+    server.add_on_prompt_handler(_drop_fingerprints)
     if not args.multi_user:
         return
 
@@ -75,11 +76,21 @@ def current_account() -> str | None:
 
 
 def _note_prompt(body: dict[str, Any]) -> dict[str, Any]:
+    prompt_id = str(uuid.uuid4())  # never one that is sent along: somebody else's prompt may wait under it
     with _lock:
-        prompt_id = str(body.get("prompt_id") or uuid.uuid4())
-        if prompt_id in _owners:  # an id that somebody else's prompt may have
-            prompt_id = str(uuid.uuid4())
         _owners[prompt_id] = _asking.get()
         while len(_owners) > _REMEMBERED:
             _owners.popitem(last=False)
     return {**body, "prompt_id": prompt_id}
+
+
+def _drop_fingerprints(body: dict[str, Any]) -> dict[str, Any]:
+    """Take out what ComfyUI would believe: a prompt from a picture's metadata carries the fingerprints of that run.
+
+    With them, it would hand on what it has kept of a run under other boundaries.
+    """
+    prompt = body.get("prompt")
+    for node in prompt.values() if isinstance(prompt, dict) else ():
+        if isinstance(node, dict) and str(node.get("class_type")).startswith("PSA"):
+            node.pop("is_changed", None)
+    return body

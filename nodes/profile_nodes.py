@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from comfy_api.latest import io
 
 from ..adapter import PSAAdapter
@@ -105,10 +103,14 @@ class PSAUserProfile(io.ComfyNode):
         """Change when the profile does. ComfyUI saves this into images: it tells nothing of the profile."""
         if profile_id is None:
             return float("nan")  # linked: unknown until it runs, so it always runs
+        if _is_level(profile_id):
+            return profile_id
         try:
-            return private_fingerprint(json.dumps(_profile(profile_id).model_dump(), sort_keys=True))
+            stored = profile_store().resolve(profile_id)
         except ProfileError:
-            return "unreadable"
+            return float("nan")
+        # Not of the content: others who see it could try what gives the same.
+        return private_fingerprint(f"{stored.id} {stored.revision}")
 
     @classmethod
     def execute(cls, profile_id: str) -> io.NodeOutput:
@@ -117,9 +119,11 @@ class PSAUserProfile(io.ComfyNode):
 
 
 def _profile(reference: str) -> Profile:
-    if any(reference == level.id for level in levels()):
-        return find_level(reference).profile
-    return profile_store().resolve(reference).profile
+    return find_level(reference).profile if _is_level(reference) else profile_store().resolve(reference).profile
+
+
+def _is_level(reference: str) -> bool:
+    return any(reference == level.id for level in levels())
 
 
 def _profile_ids() -> list[str]:

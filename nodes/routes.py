@@ -1,8 +1,10 @@
 """The private store over HTTP, under ``/psa/``, for the browser side of whoever sits at this ComfyUI.
 
 A web page that the artist visits must be able neither to read nor to change a profile: requests from another origin are
-refused, also those that reach this server under a name that is not its own (DNS rebinding), and writes have to be JSON,
-which a page cannot send elsewhere without being asked for its origin.
+refused, also those that reach this server under a name that is not its own (DNS rebinding), and what has a body has to
+be JSON, which a page cannot send elsewhere without being asked for its origin.
+
+The store waits for other programs and for the disk, so it works in a thread of its own.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ import ipaddress
 import json
 import os
 import socket
+from asyncio import to_thread
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -62,26 +65,17 @@ def register(server: Any) -> None:
 
 async def _list(_request: web.Request) -> web.Response:
     """Names and ids; no attribute of anybody."""
-    entries = [
-        {
-            "id": entry.id,
-            "name": entry.name,
-            "active": entry.active,
-            "problem": entry.problem,
-            "restorable": entry.restorable,
-        }
-        for entry in profile_store().entries()
-    ]
-    return _answer({"profiles": entries})
+    entries = await to_thread(profile_store().entries)
+    return _answer({"profiles": [asdict(entry) for entry in entries]})
 
 
 async def _create(request: web.Request) -> web.Response:
     profile = _profile(await _body(request, {"profile"}))
-    return _answer(_described(profile_store().create(profile)), status=201)
+    return _answer(_described(await to_thread(profile_store().create, profile)), status=201)
 
 
 async def _read(request: web.Request) -> web.Response:
-    return _answer(_described(profile_store().read(request.match_info["id"])))
+    return _answer(_described(await to_thread(profile_store().read, request.match_info["id"])))
 
 
 async def _save(request: web.Request) -> web.Response:
@@ -90,26 +84,27 @@ async def _save(request: web.Request) -> web.Response:
     profile, revision, profile_id = _profile(body), body["revision"], request.match_info["id"]
     store = profile_store()
     if revision is None:
-        return _answer(_described(store.put_back(profile_id, profile)), status=201)
+        return _answer(_described(await to_thread(store.put_back, profile_id, profile)), status=201)
     if not isinstance(revision, str):
         raise _refusal(web.HTTPBadRequest, "revision should be the text that came with the profile, or null.")
-    return _answer(_described(store.save(StoredProfile(profile_id, revision, profile), profile)))
+    read = StoredProfile(profile_id, revision, profile)
+    return _answer(_described(await to_thread(store.save, read, profile)))
 
 
 async def _delete(request: web.Request) -> web.Response:
-    profile_store().delete(request.match_info["id"])
+    await to_thread(profile_store().delete, request.match_info["id"])
     return _answer({})
 
 
 async def _activate(request: web.Request) -> web.Response:
     await _body(request, set())
-    profile_store().activate(request.match_info["id"])
+    await to_thread(profile_store().activate, request.match_info["id"])
     return _answer({})
 
 
 async def _restore(request: web.Request) -> web.Response:
     await _body(request, set())
-    return _answer(_described(profile_store().restore(request.match_info["id"])))
+    return _answer(_described(await to_thread(profile_store().restore, request.match_info["id"])))
 
 
 async def _preview(request: web.Request) -> web.Response:
@@ -213,7 +208,7 @@ def _from_here(request: web.Request) -> bool:
     if request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
         return False
     origin = request.headers.get("Origin")
-    return origin is None or urlsplit(origin).netloc.lower() == request.host.lower()
+    return origin is None or origin.lower().partition("://")[2] == request.host.lower()
 
 
 def _own_name(request: web.Request) -> bool:

@@ -135,19 +135,28 @@ class ProfileStore:
             if not backup.is_file():
                 raise ProfileError(f"Profile {profile_id} has no earlier version: it was never saved twice.")
             earlier = self._read(profile_id, backup).profile
-            self._set_aside_if_damaged(profile_id, path)
-            return self._write(profile_id, earlier)
+            damaged = self._next_damaged(path) if self._is_damaged(profile_id) else None
+            if damaged is None:
+                return self._write(profile_id, earlier)
+            with replacing(damaged, PRIVATE) as aside:
+                aside.write_bytes(path.read_bytes())
+            return self._write(profile_id, earlier, keep=False)
 
     def delete(self, profile_id: str) -> None:
         """Delete a profile and its backup; if it was the active one, none is active afterwards.
 
-        A damaged file is not deleted, but set aside: it may be all that is left of a profile.
+        A damaged file is not deleted, but set aside with its backup: they may be all that is left of a profile.
         """
         with self._writing():
-            path = self._existing(profile_id)
-            self._set_aside_if_damaged(profile_id, path)
-            path.unlink(missing_ok=True)
-            self._backup(profile_id).unlink(missing_ok=True)
+            path, backup = self._existing(profile_id), self._backup(profile_id)
+            if self._is_damaged(profile_id):
+                damaged = self._next_damaged(path)
+                if backup.is_file():
+                    backup.rename(damaged.with_name(f"{damaged.name}.backup"))
+                path.rename(damaged)
+            else:
+                path.unlink()
+                backup.unlink(missing_ok=True)
             if self.active_id() == profile_id:
                 (self.root / ACTIVE).unlink()
 
@@ -190,8 +199,8 @@ class ProfileStore:
         active = self.active_id()
         if active is None:
             raise ProfileError(
-                "No safety profile is active on this machine. Make or choose one in the tab Safety Profiles, or with "
-                "`psa profile new --activate`."
+                "No safety profile is active. Make or choose one in the tab Safety Profiles (on the command line: "
+                "psa profile)."
             )
         return self.read(active)
 
@@ -245,19 +254,23 @@ class ProfileStore:
             ) from None
         return StoredProfile(profile_id, *parse_file(text, path))
 
-    def _set_aside_if_damaged(self, profile_id: str, path: Path) -> None:
+    def _is_damaged(self, profile_id: str) -> bool:
         try:
-            self._read(profile_id, path)
+            self.read(profile_id)
         except StoreError:
             raise
         except ProfileError:
-            number = next(n for n in itertools.count(1) if not path.with_suffix(f".damaged-{n}").exists())
-            path.rename(path.with_suffix(f".damaged-{number}"))
+            return True
+        return False
+
+    def _next_damaged(self, path: Path) -> Path:
+        names = (path.with_suffix(f".damaged-{number}") for number in itertools.count(1))
+        return next(name for name in names if not name.exists())
 
     def _unknown(self, profile_id: str) -> UnknownProfileError:
         return UnknownProfileError(
             f'There is no safety profile "{profile_id}" on this machine. A shared workflow refers to its author\'s '
-            f'profile: choose "{ACTIVE}" to use your own, or one of the ids that `psa profile list` shows.'
+            f'profile: choose "{ACTIVE}" to use your own, or another one that is listed in the tab Safety Profiles.'
         )
 
     def _unreadable(self, error: OSError) -> StoreError:
@@ -266,10 +279,11 @@ class ProfileStore:
             "that runs ComfyUI."
         )
 
-    def _write(self, profile_id: str, profile: Profile) -> StoredProfile:
+    def _write(self, profile_id: str, profile: Profile, keep: bool = True) -> StoredProfile:
+        """Write a profile's file; what is there becomes the backup if it is to be kept."""
         stored = StoredProfile(profile_id, secrets.token_hex(8), profile)
         path = self._path(profile_id)
-        if path.is_file():
+        if keep and path.is_file():
             with replacing(self._backup(profile_id), PRIVATE) as aside:
                 aside.write_bytes(path.read_bytes())
         with replacing(path, PRIVATE) as aside:

@@ -19,7 +19,7 @@ app.registerExtension({
     style.rel = 'stylesheet'
     style.href = new URL('./psa/psa.css', import.meta.url).href
     document.head.append(style)
-    await loadWords()
+    await loadWords().catch(console.warn) // then keys stand for words, and all else works
     app.extensionManager.registerSidebarTab(profilesTab(store))
     store.refresh()
   },

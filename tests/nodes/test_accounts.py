@@ -137,7 +137,18 @@ def test_nobody_runs_anothers_profile_and_who_has_none_gets_no_picture(accounts:
         draw(accounts, "eve", prompt)
 
 
-def test_an_id_that_a_prompt_has_already_moves_no_prompt_to_another_account(accounts: Accounts, prompt: Prompt) -> None:
+def test_what_comes_with_a_picture_opens_no_other_accounts_run(accounts: Accounts, prompt: Prompt) -> None:
+    """A prompt from a picture's metadata carries the fingerprints of the run that drew it."""
+    (image,) = accounts.server.run(prompt, headers=accounts.headers("ann"))
+    anns = PIL.Image.open(io.BytesIO(image.content))
+    carried = json.loads(anns.info["prompt"])
+    (profile,) = [node for node in carried.values() if node["class_type"] == "PSAUserProfile"]
+    assert profile["is_changed"]
+    assert not np.array_equal(draw(accounts, "bob", carried), np.asarray(anns))
+    assert np.array_equal(draw(accounts, "ann", carried), np.asarray(anns))
+
+
+def test_an_id_that_is_sent_along_moves_no_prompt_to_another_account(accounts: Accounts, prompt: Prompt) -> None:
     prompt_id = str(uuid.uuid4())
     answers = {
         name: requests.post(
@@ -148,8 +159,7 @@ def test_an_id_that_a_prompt_has_already_moves_no_prompt_to_another_account(acco
         ).json()
         for name in ("ann", "bob")
     }
-    assert answers["ann"]["prompt_id"] == prompt_id
-    assert answers["bob"]["prompt_id"] != prompt_id
+    assert len({answers["ann"]["prompt_id"], answers["bob"]["prompt_id"], prompt_id}) == 3
 
 
 def test_stores_lie_apart_and_only_the_server_reads_them(accounts: Accounts) -> None:

@@ -161,6 +161,15 @@ def test_the_version_before_the_last_save_comes_back_for_a_damaged_file(store: P
     assert _file(store, stored.id).with_suffix(".damaged-1").read_bytes() == DAMAGED[damage]
 
 
+def test_the_earlier_version_of_a_damaged_file_that_is_deleted_stays_beside_it(store: ProfileStore) -> None:
+    stored = store.save(store.create(FULL), Profile(name="later"))
+    path = _file(store, stored.id)
+    path.write_bytes(b"{")
+    before = path.with_suffix(".backup").read_bytes()
+    store.delete(stored.id)
+    assert path.with_suffix(".damaged-1.backup").read_bytes() == before
+
+
 def test_restoring_a_whole_profile_takes_the_last_save_back_and_forth(store: ProfileStore) -> None:
     stored = store.save(store.create(FULL), Profile(name="later"))
     assert store.restore(stored.id).profile == FULL

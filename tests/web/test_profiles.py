@@ -114,6 +114,7 @@ def test_saying_nothing_is_an_answer_and_a_level_a_start(page: Page, store: Prof
     tab.get_by_label("Level").select_option("L5")
     expect(tab.get_by_role("meter")).to_have_attribute("aria-valuenow", "7")
     tab.get_by_role("button", name="Cancel").click()
+    page.get_by_role("dialog").get_by_role("button", name="Confirm").click()
     assert store.entries() == ()
     tab.get_by_role("button", name="Make my profile").click()
     tab.get_by_role("button", name="Save").click()
@@ -323,6 +324,29 @@ def test_it_is_used_by_keyboard(page: Page, store: ProfileStore) -> None:
     expect(tab.get_by_role("form")).to_be_visible()
     page.keyboard.press("Escape")
     expect(tab.get_by_role("form")).to_have_count(0)
+
+
+def test_what_was_typed_is_not_thrown_away_unasked(page: Page, store: ProfileStore) -> None:
+    store.create(Profile(name="Evening"))
+    tab = open_tab(page)
+    tab.get_by_role("button", name="Edit Evening").click()
+    tab.get_by_label("Age").fill("12")
+    for leave, answer, stays in (("Cancel", "Cancel", 1), ("New profile", "Cancel", 1), ("Cancel", "Confirm", 0)):
+        tab.get_by_role("button", name=leave).click()
+        page.get_by_role("dialog").get_by_role("button", name=answer).click()
+        expect(tab.get_by_role("form", name="Edit Evening")).to_have_count(stays)
+
+
+def test_undo_leaves_alone_who_has_become_active(page: Page, store: ProfileStore) -> None:
+    first, second = store.create(Profile(name="First")), store.create(Profile(name="Second"))
+    store.activate(first.id)
+    tab = open_tab(page)
+    tab.get_by_role("button", name="Delete First").click()
+    tab.get_by_role("button", name="Make Second the active profile").click()
+    expect(tab.get_by_role("button", name="Second is the active profile")).to_be_visible()
+    tab.get_by_role("button", name="Undo").click()
+    expect(tab.get_by_role("button", name="Make First the active profile")).to_be_visible()
+    assert store.active_id() == second.id
 
 
 def test_the_language_is_comfyuis(browser: Page, server: ComfyUIServer, store: ProfileStore) -> None:

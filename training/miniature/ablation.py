@@ -1,11 +1,12 @@
 """``psa miniature ablation``: which kind, which loss and which user, on the same pairs, for the same number of steps.
 
-Trainings that are there are not made again, and pictures that were counted are not drawn again, so an interrupted
-ablation goes on where it was, and a variant more costs its own time.
+Trainings that are there are not made again, and pictures that were counted are not drawn again (those that are compared
+with the base's are), so an interrupted ablation goes on where it was, and a variant more costs little but its own time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ...safe_files import replacing
-from ..config import Section, read_toml
+from ..base import open_base
+from ..config import Section, load_config, read_toml
 from ..errors import TrainingError
 from . import PEOPLE, SEED
 from .adapters import Asked, evaluate, train_adapter, write_results
@@ -53,6 +55,11 @@ class Ablation(Section):
     checkpoints: PositiveInt
     variants: dict[str, Variant] = Field(min_length=1)
 
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps from one point of the curves to the next."""
+        return max(1, self.steps // self.checkpoints)
+
 
 def load_ablation(path: Path) -> Ablation:
     """Read a plan; raise TrainingError if it is missing or makes no sense."""
@@ -87,7 +94,7 @@ def run_ablation(
     results = evaluate(base, flat, None, asked, language_models, counted, progress)
     curves: Mapping[str, Any] = {}
     if plan.curve:
-        checkpoints = {name: _checkpoints(paths[0]) for name, paths in trained.items()}
+        checkpoints = {name: _checkpoints(paths[0], plan.checkpoint_every) for name, paths in trained.items()}
         curves = _curves(checkpoints, plan, base, language_models, counted, progress)
         with replacing(output.with_suffix(".png")) as aside:
             _plot(curves).savefig(aside, format="png", dpi=120)
@@ -105,28 +112,32 @@ def _train(
     console: Console,
     progress: Progress,
 ) -> Path:
-    run = f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}"
+    settings = [
+        f"run.steps={plan.steps}",
+        f"run.seed={seed}",
+        f"run.checkpoint_every={plan.checkpoint_every}",
+        f"run.checkpoints_total_limit={2 * plan.checkpoints}",  # and those of interruptions
+        "validation.grid_every=0",
+        *variant.set,
+    ]
+    # Other settings, or another base, are another training, whatever it is called.
+    made_of = repr((load_config(Path("miniature"), settings), open_base(base).fingerprint("unet")))
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    run = f"{slug}-{seed}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
     folder = work / "ablation" / run
     target = folder / f"{run}_miniature.safetensors"
     if not target.is_file():
-        settings = [
-            f"run.steps={plan.steps}",
-            f"run.seed={seed}",
-            f"run.checkpoint_every={max(1, plan.steps // plan.checkpoints)}",
-            f"run.checkpoints_total_limit={plan.checkpoints}",
-            "validation.grid_every=0",
-            *(["run.resume=latest"] if any(folder.glob("checkpoints/step-*")) else []),
-            *variant.set,
-        ]
+        going_on = ["run.resume=latest"] if any(folder.glob("checkpoints/step-*")) else []
         console.print(f"{name}, seed {seed}", markup=False)
-        train_adapter(base, work, False, f"ablation/{run}", settings, console, progress)
+        train_adapter(base, work, False, f"ablation/{run}", [*settings, *going_on], console, progress)
     return target
 
 
-def _checkpoints(adapter: Path) -> dict[int, Path]:
+def _checkpoints(adapter: Path, every: int) -> dict[int, Path]:
     """Return the adapters that a training wrote on its way, by their step."""
     found = sorted((adapter.parent / "checkpoints").glob("step-*/adapter.safetensors"))
-    return {int(path.parent.name.removeprefix("step-")): path for path in found}
+    steps = {int(path.parent.name.removeprefix("step-")): path for path in found}
+    return {step: path for step, path in steps.items() if step % every == 0}
 
 
 def _curves(

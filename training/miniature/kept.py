@@ -56,13 +56,15 @@ class Kept:
 
     def _path(self, method: Method) -> Path:
         adapter = method.adapter and fingerprint([method.adapter])
-        others = method.negative_prompt, method.everyone, method.strength
+        everyone = method.everyone and method.everyone.model_dump_json()
+        others = method.negative_prompt, everyone, method.strength
         return self._folder / f"{_digest(self._ground, adapter, *others)}.json"
 
 
 def case_key(case: Case) -> str:
     """Return what stands for a case in the files: the same if prompt, person and noise are."""
-    return _digest(case)
+    # A profile's own repr says nothing of it.
+    return _digest(case, case.person.model_dump_json())
 
 
 def _digest(*parts: object) -> str:

@@ -74,15 +74,16 @@ def differences(runs: Sequence[Outcomes], base: Outcomes) -> Table:
         other = known[outcome.case.number]
         return {name: value - other[name] for name, value in _measured(outcome).items()}
 
-    return _tabulate([[(outcome.case, less(outcome)) for outcome in run] for run in runs])
+    return _tabulate([[(outcome.case, less(outcome)) for outcome in run] for run in runs], proportions=False)
 
 
 def tabulate_likeness(runs: Sequence[Sequence[float]], cases: Sequence[Case]) -> Table:
     """Return the mean likeness to the base's pictures in every cell, over all runs of a method."""
-    return _tabulate([[(case, {LIKENESS: value}) for case, value in zip(cases, run, strict=True)] for run in runs])
+    compared = [[(case, {LIKENESS: value}) for case, value in zip(cases, run, strict=True)] for run in runs]
+    return _tabulate(compared, proportions=False)
 
 
-def _tabulate(runs: Sequence[Sequence[tuple[Case, Measured]]]) -> Table:
+def _tabulate(runs: Sequence[Sequence[tuple[Case, Measured]]], proportions: bool = True) -> Table:
     table: dict[Cell, dict[str, _Values]] = {}
     for number, run in enumerate(runs):
         for case, measured in run:
@@ -91,7 +92,10 @@ def _tabulate(runs: Sequence[Sequence[tuple[Case, Measured]]]) -> Table:
             cluster: Hashable = banned(case.person) if case.group == "some" else case.number
             for name, value in measured.items():
                 table.setdefault(cell, {}).setdefault(name, _Values()).add(float(value), cluster, number)
-    return {cell: {name: found.share(len(runs)) for name, found in values.items()} for cell, values in table.items()}
+    return {
+        cell: {name: found.share(len(runs), proportions) for name, found in values.items()}
+        for cell, values in table.items()
+    }
 
 
 class _Values:
@@ -107,8 +111,8 @@ class _Values:
         self.clusters.append(cluster)
         self.runs.append(run)
 
-    def share(self, runs: int) -> Share:
-        found = share(self.values, self.clusters)
+    def share(self, runs: int, proportions: bool) -> Share:
+        found = share(self.values, self.clusters, proportions=proportions)
         if runs < 2:
             return found
         values, numbers = np.array(self.values), np.array(self.runs)
@@ -126,11 +130,14 @@ def _measured(outcome: Outcome) -> Measured:
     return {**found, "object": outcome.object_kept}
 
 
-def share(values: Sequence[float], clusters: Sequence[Hashable] | None = None, seed: int = 0) -> Share:
+def share(
+    values: Sequence[float], clusters: Sequence[Hashable] | None = None, seed: int = 0, proportions: bool = True
+) -> Share:
     """Return the mean of values and its 95% interval.
 
-    Whole clusters are drawn again (percentile bootstrap); by default every value is one. Where all values are 0 or
-    all are 1, there is nothing to draw, and the interval is Clopper and Pearson's for as many clusters.
+    Whole clusters are drawn again (percentile bootstrap); by default every value is one. Where all values are the same
+    there is nothing to draw. For ``proportions`` of 0 or 1 the interval then is Clopper and Pearson's for as many
+    clusters; for other values it is the value itself.
     """
     array = np.asarray(values, dtype=float)
     names = list(range(len(array))) if clusters is None else list(clusters)
@@ -138,7 +145,7 @@ def share(values: Sequence[float], clusters: Sequence[Hashable] | None = None, s
     index = np.array([places[name] for name in names])
     sums, counts = np.bincount(index, array), np.bincount(index)
     mean = float(array.mean())
-    if np.ptp(array) == 0 and mean in (0.0, 1.0):
+    if proportions and np.ptp(array) == 0 and mean in (0.0, 1.0):
         exact = binomtest(round(mean * len(sums)), len(sums)).proportion_ci()
         return Share(mean, float(exact.low), float(exact.high), len(array))
     if np.ptp(sums / counts) == 0:

@@ -21,11 +21,15 @@ export function addCard(node, store) {
 
   const picker = h('select', { class: 'psa-picker', 'aria-label': t('whose_boundaries'), onchange: () => {
     reference.value = picker.value
+    reference.callback?.(picker.value)
     show()
   } })
   const body = h('div', { class: 'psa-card-body', 'aria-live': 'polite' })
   const editButton = button(t('edit_short'), () => openEditor(shownId()))
-  const card = h('div', { class: 'psa-card' }, picker, body,
+  const card = h('div', {
+    class: 'psa-card',
+    onkeydown: (/** @type {KeyboardEvent} */ event) => event.stopPropagation() // keys are ComfyUI's shortcuts
+  }, picker, body,
     h('div', { class: 'psa-buttons' }, editButton, button(t('new_short'), () => openEditor(null))))
   // Its value is never saved: what is in it belongs to nobody but its owner.
   const widget = node.addDOMWidget('psa_card', 'psa-card', card, {
@@ -70,7 +74,13 @@ export function addCard(node, store) {
     }
   }
 
-  store.addEventListener('change', show)
+  // Copying makes nodes that are never added.
+  const added = node.onAdded
+  node.onAdded = function () {
+    added?.apply(this, arguments)
+    store.addEventListener('change', show)
+    show()
+  }
   const removed = node.onRemoved
   node.onRemoved = function () {
     store.removeEventListener('change', show)
@@ -89,5 +99,4 @@ export function addCard(node, store) {
   }
 
   fit()
-  show()
 }

@@ -1,6 +1,7 @@
 // @ts-check
 /** The editor of one profile: attributes that may stay unsaid, and what follows from them while one types. */
 
+import { app } from '../../../scripts/app.js'
 import { button, chips, h, strictness } from './elements.js'
 import { problemOf } from './store.js'
 import { t, tWord } from './words.js'
@@ -37,12 +38,13 @@ let count = 0
  * @param {Presets} presets
  * @param {Profile} given
  * @param {{title: string, save: (profile: Profile) => Promise<void>, cancel: () => void}} options
- * @returns {HTMLElement}
+ * @returns {{element: HTMLElement, mayLeave: () => Promise<boolean>}}
  */
 export function editor(store, presets, given, { title, save, cancel }) {
   const prefix = `psa-editor-${++count}`
   let profile = { ...given, overrides: { ...given.overrides } }
   let asked = 0
+  let changed = false
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   let waiting
 
@@ -55,6 +57,7 @@ export function editor(store, presets, given, { title, save, cancel }) {
   /** @param {Partial<Profile>} change */
   function update(change) {
     profile = { ...profile, ...change }
+    changed = true
     clearTimeout(waiting)
     waiting = setTimeout(preview, PAUSE)
   }
@@ -85,7 +88,8 @@ export function editor(store, presets, given, { title, save, cancel }) {
     const ageField = h('input', {
       id: `${prefix}-age`, type: 'number', min: 0, max: presets.max_age, step: 1, value: profile.age,
       placeholder: t('rather_not_say'), inputmode: 'numeric',
-      oninput: () => update({ age: ageField.value === '' ? null : Number(ageField.value) })
+      // What is no number counts as a wrong one, and not as unsaid.
+      oninput: () => update({ age: ageField.validity.badInput ? -1 : ageField.value === '' ? null : Number(ageField.value) })
     })
     const nameField = h('input', {
       id: `${prefix}-name`, type: 'text', maxlength: 200, value: profile.name, placeholder: t('unnamed'),
@@ -166,6 +170,7 @@ export function editor(store, presets, given, { title, save, cancel }) {
       if (!level) return
       profile = { ...level.profile, name: profile.name, notes: profile.notes, overrides: { ...level.profile.overrides } }
       levels.value = ''
+      changed = true
       drawFields()
       preview()
     }
@@ -189,13 +194,22 @@ export function editor(store, presets, given, { title, save, cancel }) {
     }
   }
 
+  async function leave() {
+    if (await mayLeave()) cancel()
+  }
+
+  /** Whether what was typed may go. @returns {Promise<boolean>} */
+  async function mayLeave() {
+    return !changed || Boolean(await app.extensionManager.dialog.confirm({ title, message: t('discard') }))
+  }
+
   drawFields()
   preview()
   const form = h('form', {
     class: 'psa-editor', 'aria-label': title, novalidate: true, onsubmit: submit,
     onkeydown: (/** @type {KeyboardEvent} */ event) => {
       event.stopPropagation() // letters are ComfyUI's shortcuts
-      if (event.key === 'Escape') cancel()
+      if (event.key === 'Escape' && !event.isComposing) leave()
     }
   },
   h('h3', {}, title),
@@ -206,8 +220,8 @@ export function editor(store, presets, given, { title, save, cancel }) {
   categories,
   problem,
   refusal,
-  h('div', { class: 'psa-buttons' }, button(t('cancel'), cancel), saveButton))
-  return form
+  h('div', { class: 'psa-buttons' }, button(t('cancel'), leave), saveButton))
+  return { element: form, mayLeave }
 }
 
 /** @param {import('./store.js').Level} level */

@@ -1,7 +1,7 @@
 // @ts-check
 /**
- * The private store on the server (nodes/routes.py), and what this page knows of it: names and ids. A profile itself is
- * only here while it is edited.
+ * The private store on the server (nodes/routes.py), and what this page keeps of it: names and ids. A profile is asked
+ * for when it is edited or a card shows what it bans, and not kept.
  */
 
 import { api } from '../../../scripts/api.js'
@@ -57,7 +57,10 @@ export class ProfileStore extends EventTarget {
 
   /** @returns {Promise<Presets>} */
   presets() {
-    this._presets ??= this._ask('GET', '/presets')
+    this._presets ??= this._ask('GET', '/presets').catch((error) => {
+      this._presets = null // to be asked for again
+      throw error
+    })
     return this._presets
   }
 
@@ -86,7 +89,7 @@ export class ProfileStore extends EventTarget {
     return this._change('DELETE', `/profiles/${id}`)
   }
 
-  /** Undo a deletion. @param {Stored} stored @param {boolean} active Whether it was the active one. */
+  /** Undo a deletion. @param {Stored} stored @param {boolean} active Whether to make it the active one. */
   async putBack(stored, active) {
     await this._change('PUT', `/profiles/${stored.id}`, { profile: stored.profile, revision: null })
     if (active) await this.activate(stored.id)

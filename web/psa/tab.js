@@ -63,6 +63,8 @@ function showTab(place, store) {
   })
   const file = h('input', { type: 'file', accept: '.json,application/json', hidden: true, onchange: importFile })
   const body = h('div', { class: 'psa-body' })
+  /** @type {ReturnType<typeof editor> | null} */
+  let open = null
   const heading = h('div', { class: 'psa-heading' },
     h('h2', {}, t('tab')),
     iconButton('plus', t('new_profile'), () => edit(null)),
@@ -75,8 +77,12 @@ function showTab(place, store) {
     said.replaceChildren(h('span', {}, message))
     if (undoLabel && undo) {
       said.append(button(undoLabel, async () => {
-        said.replaceChildren()
-        await attempt(undo)
+        try {
+          await undo()
+          said.replaceChildren()
+        } catch (error) {
+          say(problemOf(error), undoLabel, undo) // what can be undone exists here alone
+        }
       }))
     }
   }
@@ -91,6 +97,7 @@ function showTab(place, store) {
   }
 
   function showOverview() {
+    open = null
     body.replaceChildren(search, list)
     showList()
   }
@@ -142,19 +149,21 @@ function showTab(place, store) {
   /** @param {string | null} id */
   async function edit(id) {
     await attempt(async () => {
+      if (open && !(await open.mayLeave())) return
       const presets = await store.presets()
-      const stored = id === null ? null : await store.read(id)
-      const first = store.entries.length === 0
-      body.replaceChildren(editor(store, presets, stored?.profile ?? emptyProfile(), {
+      let stored = id === null ? null : await store.read(id)
+      const isNew = stored === null
+      open = editor(store, presets, stored?.profile ?? emptyProfile(), {
         title: stored ? t('edit', { name: profileName(stored.profile.name) }) : t('new_profile'),
         save: async (profile) => {
-          const saved = stored ? await store.save(stored, profile) : await store.create(profile)
-          if (first) await store.activate(saved.id)
+          stored = stored ? await store.save(stored, profile) : await store.create(profile)
+          if (isNew && !store.problem && !store.active) await store.activate(stored.id)
           showOverview()
           say(t('saved', { name: profileName(profile.name) }))
         },
         cancel: showOverview
-      }))
+      })
+      body.replaceChildren(open.element)
       /** @type {HTMLInputElement | null} */
       const nameField = body.querySelector('.psa-fields input')
       nameField?.focus()
@@ -171,7 +180,8 @@ function showTab(place, store) {
   async function remove(entry) {
     const stored = await store.read(entry.id)
     await store.remove(entry.id)
-    say(t('deleted', { name: profileName(entry.name) }), t('undo'), () => store.putBack(stored, entry.active))
+    say(t('deleted', { name: profileName(entry.name) }), t('undo'), () =>
+      store.putBack(stored, entry.active && !store.active))
   }
 
   /** @param {Entry} entry */
@@ -190,7 +200,8 @@ function showTab(place, store) {
     if (!chosen) return
     await attempt(async () => {
       const content = await chosen.text().then(JSON.parse).catch(() => null)
-      if (content?.format !== FILE_FORMAT.format || content.format_version !== FILE_FORMAT.format_version) {
+      const { format, format_version: version } = FILE_FORMAT
+      if (content?.format !== format || content.format_version !== version || typeof content.profile !== 'object') {
         throw new Error(t('no_profile_file', { file: chosen.name }))
       }
       const stored = await store.create(content.profile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,17 @@ from comfyui_psa.training.data.users import distinct_users
 from comfyui_psa.training.errors import DataError
 from comfyui_psa.training.miniature.cases import draw_cases, noise
 from comfyui_psa.training.miniature.drawing import glyph_colour
+from comfyui_psa.training.miniature.kept import case_key
 from comfyui_psa.training.miniature.pairs import draw_folder, draw_pairs
-from comfyui_psa.training.miniature.people import GROUPS, banned, group, held_out, training_people, unseen_people
+from comfyui_psa.training.miniature.people import (
+    GROUPS,
+    banned,
+    group,
+    held_out,
+    training_people,
+    unseen_people,
+    with_set,
+)
 
 SEED = 5
 
@@ -112,6 +122,18 @@ def test_every_cell_has_as_many_cases_and_asks_what_it_says() -> None:
         assert case.object in case.caption
         assert (case.person.model_dump_json() in training) != case.unseen
         assert case.cell.startswith("banned") == (case.category in banned(case.person))
+
+
+def test_what_was_counted_is_kept_for_its_person_prompt_and_noise_alone() -> None:
+    case = draw_cases(2, 40, 2025)[-1]
+    someone = with_set(case.person, frozenset({"Hate"}))
+    others = [
+        replace(case, person=someone),
+        replace(case, caption="a cat at night"),
+        replace(case, number=case.number + 1),
+    ]
+    assert case_key(replace(case)) == case_key(case)
+    assert len({case_key(case), *map(case_key, others)}) == 4
 
 
 def test_noise_belongs_to_the_case() -> None:
