@@ -270,7 +270,8 @@ class ProfileStore:
     def _unknown(self, profile_id: str) -> UnknownProfileError:
         return UnknownProfileError(
             f'There is no safety profile "{profile_id}" on this machine. A shared workflow refers to its author\'s '
-            f'profile: choose "{ACTIVE}" to use your own, or another one that is listed in the tab Safety Profiles.'
+            f'profile: choose "{ACTIVE}" to use your own, or another one of the tab Safety Profiles (on the command '
+            "line: psa profile list)."
         )
 
     def _unreadable(self, error: OSError) -> StoreError:
