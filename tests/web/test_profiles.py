@@ -19,6 +19,7 @@ from comfyui_psa.training.comfyui import PACK, ComfyUIServer, prepare_base
 
 COMFYUI = PACK / ".runtime" / "comfyui"
 MARKER = "Zorblaxism"
+expect.set_options(timeout=30_000)  # a machine that does something else besides
 LANGUAGES = ("de", "en", "es", "fr", "ja", "zh")
 
 
