@@ -32,6 +32,7 @@ from ..profiles import (
     levels,
     parse_profile,
 )
+from ..profiles.files import FORMAT, FORMAT_VERSION
 from ..profiles.schema import AGE_GROUPS, GENDERS, MAX_AGE, MENTAL_CONDITIONS, PHYSICAL_CONDITIONS, RELIGIONS
 from .accounts import UnknownAccountError
 from .folders import profile_store
@@ -116,6 +117,7 @@ async def _presets(_request: web.Request) -> web.Response:
     """Everything that an editor offers: the levels, and the paper's values."""
     return _answer(
         {
+            "file": {"format": FORMAT, "format_version": FORMAT_VERSION},
             "categories": CATEGORIES,
             "genders": GENDERS,
             "religions": RELIGIONS,

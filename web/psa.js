@@ -21,6 +21,7 @@ app.registerExtension({
     document.head.append(style)
     await loadWords().catch(console.warn) // then keys stand for words, and all else works
     app.extensionManager.registerSidebarTab(profilesTab(store))
+    store.presets().catch(console.warn)
     store.refresh()
   },
 

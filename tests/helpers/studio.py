@@ -34,6 +34,15 @@ class Studio:
 
 
 @contextmanager
+def empty_store(server: ComfyUIServer) -> Iterator[ProfileStore]:
+    """The store of a server without accounts; what is put into it is deleted in the end."""
+    store = ProfileStore(profiles_folder(server.base / "user"))
+    yield store
+    for entry in store.entries():
+        store.delete(entry.id)
+
+
+@contextmanager
 def open_studio(folder: Path, language_model: Path) -> Iterator[Studio]:
     """Fill ``folder`` and start the server on it."""
     base = prepare_base(folder)

@@ -16,12 +16,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import requests
+from studio import COMFYUI
 
 from comfyui_psa.profiles import CATEGORIES
 from comfyui_psa.training.comfyui import PACK, ComfyUIServer, Prompt, prepare_base, to_prompt
 from comfyui_psa.training.errors import ComfyUIError
 
-COMFYUI = PACK / ".runtime" / "comfyui"
 WORKFLOW = PACK / "example_workflows" / "psa_first_steps.json"
 PROFILES = {"ann": {"overrides": dict.fromkeys(CATEGORIES, "ban")}, "bob": {"overrides": {}}}
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import requests
+from studio import COMFYUI, empty_store
 
-from comfyui_psa.profiles import CATEGORIES, Profile, ProfileStore, StoredProfile, levels, profiles_folder
-from comfyui_psa.training.comfyui import PACK, ComfyUIServer, prepare_base
+from comfyui_psa.profiles import CATEGORIES, Profile, ProfileStore, StoredProfile, levels
+from comfyui_psa.training.comfyui import ComfyUIServer, prepare_base
 
-COMFYUI = PACK / ".runtime" / "comfyui"
 MARKER = "Zorblaxism"
 PROFILE = {"name": "evening", "age": 12, "religion": MARKER, "overrides": {"Propaganda": "ban"}, "notes": MARKER}
 
@@ -26,10 +26,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUIServer]:
 
 @pytest.fixture
 def store(server: ComfyUIServer) -> Iterator[ProfileStore]:
-    store = ProfileStore(profiles_folder(server.base / "user"))
-    yield store
-    for entry in store.entries():
-        store.delete(entry.id)
+    with empty_store(server) as store:
+        yield store
 
 
 def ask(server: ComfyUIServer, method: str, path: str, body: Any = None, **headers: str) -> requests.Response:

@@ -13,11 +13,11 @@ import requests
 from axe_playwright_python.sync_playwright import Axe
 from frontend import open_page
 from playwright.sync_api import Locator, Page, expect
+from studio import COMFYUI, empty_store
 
-from comfyui_psa.profiles import Profile, ProfileStore, profiles_folder
+from comfyui_psa.profiles import Profile, ProfileStore
 from comfyui_psa.training.comfyui import PACK, ComfyUIServer, prepare_base
 
-COMFYUI = PACK / ".runtime" / "comfyui"
 MARKER = "Zorblaxism"
 expect.set_options(timeout=30_000)  # a machine that does something else besides
 LANGUAGES = ("de", "en", "es", "fr", "ja", "zh")
@@ -37,10 +37,8 @@ def browser(request: pytest.FixtureRequest, server: ComfyUIServer) -> Iterator[P
 
 @pytest.fixture
 def store(server: ComfyUIServer) -> Iterator[ProfileStore]:
-    found = ProfileStore(profiles_folder(server.base / "user"))
-    yield found
-    for entry in found.entries():
-        found.delete(entry.id)
+    with empty_store(server) as store:
+        yield store
 
 
 @pytest.fixture

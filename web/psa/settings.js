@@ -6,7 +6,6 @@ import { profileName } from './elements.js'
 
 const SHOW_NAMES = 'PSA.ShowNames'
 const DEFAULT_PROFILE = 'PSA.DefaultProfile'
-const LEVELS = ['L0', 'L1', 'L2', 'L3', 'L4', 'L5']
 
 /** @param {import('./store.js').ProfileStore} store */
 export function profileSettings(store) {
@@ -30,7 +29,7 @@ export function profileSettings(store) {
       options: () => [
         'active',
         ...store.entries.map((entry) => ({ value: entry.id, text: profileName(entry.name) })),
-        ...LEVELS
+        ...store.levels.map((level) => level.id)
       ]
     }
   ]

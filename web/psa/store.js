@@ -14,7 +14,7 @@ import { api } from '../../../scripts/api.js'
  *   physical_condition: string | null, mental_condition: string | null, overrides: Overrides, notes: string}} Profile
  * @typedef {{id: string, revision: string, profile: Profile, decisions: Decision[]}} Stored
  * @typedef {{id: string, label: string, profile: Profile, decisions: Decision[]}} Level
- * @typedef {{categories: string[], genders: string[], religions: string[], physical_conditions: string[],
+ * @typedef {{file: {format: string, format_version: number}, categories: string[], genders: string[], religions: string[], physical_conditions: string[],
  *   mental_conditions: string[], max_age: number, levels: Level[]}} Presets
  */
 
@@ -35,6 +35,8 @@ export class ProfileStore extends EventTarget {
     this.entries = []
     /** @type {string | null} Why the list cannot be had. */
     this.problem = null
+    /** @type {Level[]} Empty until the presets are there. */
+    this.levels = []
     /** @type {Promise<Presets> | null} */
     this._presets = null
   }
@@ -57,10 +59,16 @@ export class ProfileStore extends EventTarget {
 
   /** @returns {Promise<Presets>} */
   presets() {
-    this._presets ??= this._ask('GET', '/presets').catch((error) => {
-      this._presets = null // to be asked for again
-      throw error
-    })
+    this._presets ??= this._ask('GET', '/presets').then(
+      (presets) => {
+        this.levels = presets.levels
+        return presets
+      },
+      (error) => {
+        this._presets = null // to be asked for again
+        throw error
+      }
+    )
     return this._presets
   }
 

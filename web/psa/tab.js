@@ -8,7 +8,6 @@ import { problemOf } from './store.js'
 import { t } from './words.js'
 
 export const TAB_ID = 'psa-profiles'
-const FILE_FORMAT = { format: 'psa_profile', format_version: 1 }
 
 /**
  * @typedef {import('./store.js').ProfileStore} ProfileStore
@@ -187,7 +186,7 @@ function showTab(place, store) {
   /** @param {Entry} entry */
   async function exportFile(entry) {
     const { profile } = await store.read(entry.id)
-    const content = JSON.stringify({ ...FILE_FORMAT, profile }, null, 2)
+    const content = JSON.stringify({ ...(await store.presets()).file, profile }, null, 2)
     const url = URL.createObjectURL(new Blob([content], { type: 'application/json' }))
     h('a', { href: url, download: `${profileName(profile.name)}.psa.json` }).click()
     URL.revokeObjectURL(url)
@@ -200,7 +199,7 @@ function showTab(place, store) {
     if (!chosen) return
     await attempt(async () => {
       const content = await chosen.text().then(JSON.parse).catch(() => null)
-      const { format, format_version: version } = FILE_FORMAT
+      const { format, format_version: version } = (await store.presets()).file
       if (content?.format !== format || content.format_version !== version || typeof content.profile !== 'object') {
         throw new Error(t('no_profile_file', { file: chosen.name }))
       }
