@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 COMFYUI := .runtime/comfyui
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test demo venv runtime browser lint format benchmark benchmark-training clean
+.PHONY: test demo venv runtime frontend browser lint format benchmark benchmark-training clean
 
 # One thread for each process: more threads than cores make small models many times slower.
-test: venv browser
+test: venv frontend browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 demo: venv
@@ -44,6 +44,17 @@ else
 	  rm -rf .runtime/wheel; \
 	fi
 endif
+
+# The newest frontend beside the one that belongs to that ComfyUI: artists have either.
+frontend: .runtime/frontend/.1.58.1
+
+.runtime/frontend/.1.58.1: $(VENV)/.ready
+	rm -rf .runtime/frontend .runtime/wheel && mkdir -p .runtime/wheel
+	$(BIN)/python -m pip download --quiet --no-deps --dest .runtime/wheel comfyui-frontend-package==1.58.1
+	$(BIN)/python -m zipfile -e .runtime/wheel/*.whl .runtime/wheel
+	mv .runtime/wheel/comfyui_frontend_package/static .runtime/frontend
+	rm -rf .runtime/wheel
+	touch $@
 
 # A real Chromium for the tests of the browser side: the system's, else Debian's, else playwright's own.
 browser: $(VENV)/.ready

@@ -30,9 +30,10 @@ class PSAAdapter(nn.Module):
     """An adapter and its configuration. Parameters are float32; as it is made it changes nothing yet.
 
     ``embedding_mean`` and ``embedding_std`` (``[embedding_dim]``) standardise user embeddings; the paper's
-    adapters have 0 and 1.
+    adapters have 0 and 1. ``name`` is the file that the adapter comes from, if any.
     """
 
+    name: str = ""
     embedding_mean: Tensor
     embedding_std: Tensor
 

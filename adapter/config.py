@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-from .families import FAMILIES, describe, family_name
+from .families import FAMILIES, describe, family_name, family_title
 
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, 2)
@@ -155,6 +155,11 @@ class AdapterConfig(BaseModel):
     def num_sites(self) -> int:
         """The number of cross-attention layers."""
         return len(self.hidden_sizes)
+
+    @property
+    def base_title(self) -> str:
+        """The base in few words: "SDXL"."""
+        return family_title(self.base) if self.base else self.describe_base()
 
     def describe_base(self) -> str:
         """Return the base in words, for messages."""

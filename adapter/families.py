@@ -38,8 +38,12 @@ def family_name(hidden_sizes: Sequence[int], cross_attention_dim: int) -> str:
     return OTHER
 
 
+def family_title(name: str) -> str:
+    """Return a family's name for people; "an unnamed UNet" if there is no such family."""
+    return next((family.title for family in FAMILIES if family.name == name), "an unnamed UNet")
+
+
 def describe(hidden_sizes: Sequence[int], cross_attention_dim: int) -> str:
     """Return a base in words: "SD1.x (16 cross-attention layers, text width 768)"."""
-    name = family_name(hidden_sizes, cross_attention_dim)
-    title = next((family.title for family in FAMILIES if family.name == name), "an unnamed UNet")
+    title = family_title(family_name(hidden_sizes, cross_attention_dim))
     return f"{title} ({len(hidden_sizes)} cross-attention layers, text width {cross_attention_dim})"

@@ -130,6 +130,7 @@ def _build(config: AdapterConfig, tensors: Mapping[str, Tensor], path: Path) -> 
     if not bool((loaded["embedding_std"] > 0).all()):
         raise AdapterError(f"In {path.name} the embedding deviation is not positive. Train or convert it again.")
     adapter.load_state_dict(loaded, assign=True)
+    adapter.name = path.name
     return adapter.requires_grad_(False).eval()
 
 

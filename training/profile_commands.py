@@ -43,6 +43,7 @@ UserDirectory = Annotated[
         help="ComfyUI's user folder; not needed if this pack lies in ComfyUI's custom_nodes.", envvar=USER_DIRECTORY
     ),
 ]
+Account = Annotated[str | None, typer.Option(help="Whose, where ComfyUI has accounts (--multi-user): a name or an id.")]
 ProfileId = Annotated[str, typer.Argument(metavar="ID", help="The profile's id, as in `psa profile list`.")]
 
 
@@ -62,9 +63,10 @@ def new(
     level: Annotated[str | None, typer.Option(help="Start from a safety level, L0 to L5.")] = None,
     activate: Annotated[bool, typer.Option("--activate", help="Make it the active profile.")] = False,
     user_directory: UserDirectory = None,
+    account: Account = None,
 ) -> None:
     """Make a profile. Without options it asks, so that your shell's history remembers nothing."""
-    store = _store(user_directory)
+    store = _store(user_directory, account)
     fields: dict[str, Any] = find_level(level).profile.model_dump() if level else {}
     given = {
         "name": name,
@@ -93,19 +95,19 @@ def new(
 
 
 @profile_app.command("list")
-def list_profiles(user_directory: UserDirectory = None) -> None:
+def list_profiles(user_directory: UserDirectory = None, account: Account = None) -> None:
     """List your profiles: id, name, and which one is active."""
     table = Table("id", "name", "active")
-    for entry in _store(user_directory).entries():
+    for entry in _store(user_directory, account).entries():
         name = Text(f"unreadable: {entry.problem}", "red") if entry.problem else Text(entry.name)
         table.add_row(entry.id, name, "active" if entry.active else "")
     console.print(table)
 
 
 @profile_app.command()
-def show(profile_id: ProfileId, user_directory: UserDirectory = None) -> None:
+def show(profile_id: ProfileId, user_directory: UserDirectory = None, account: Account = None) -> None:
     """Show one profile, and which category it bans for which reason."""
-    profile = _store(user_directory).resolve(profile_id).profile
+    profile = _store(user_directory, account).resolve(profile_id).profile
     attributes = Table("attribute", "value")
     for field, value in profile.model_dump(exclude={"overrides"}).items():
         # As Text: what people write is not markup.
@@ -121,9 +123,10 @@ def delete(
     profile_id: ProfileId,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     user_directory: UserDirectory = None,
+    account: Account = None,
 ) -> None:
     """Delete a profile for good."""
-    store = _store(user_directory)
+    store = _store(user_directory, account)
     if profile_id == ACTIVE:
         profile_id = store.resolve(ACTIVE).id
     if not yes:
@@ -132,15 +135,15 @@ def delete(
 
 
 @profile_app.command()
-def restore(profile_id: ProfileId, user_directory: UserDirectory = None) -> None:
+def restore(profile_id: ProfileId, user_directory: UserDirectory = None, account: Account = None) -> None:
     """Bring back the version of a profile before its last save. A damaged file is set aside."""
-    _store(user_directory).restore(profile_id)
+    _store(user_directory, account).restore(profile_id)
 
 
 @profile_app.command()
-def activate(profile_id: ProfileId, user_directory: UserDirectory = None) -> None:
+def activate(profile_id: ProfileId, user_directory: UserDirectory = None, account: Account = None) -> None:
     """Make a profile the active one, which "active" in a workflow refers to."""
-    _store(user_directory).activate(profile_id)
+    _store(user_directory, account).activate(profile_id)
 
 
 @profile_app.command()
@@ -197,7 +200,7 @@ def _overrides(categories: list[str] | None, override: str) -> dict[str, str]:
     return dict.fromkeys(categories or [], override)
 
 
-def _store(user_directory: Path | None) -> ProfileStore:
+def _store(user_directory: Path | None, account: str | None) -> ProfileStore:
     if user_directory is None:
         # Not resolved: a pack that is linked into custom_nodes belongs to the ComfyUI that links it.
         pack = Path(os.path.abspath(__file__)).parents[1]  # noqa: PTH100
@@ -209,4 +212,20 @@ def _store(user_directory: Path | None) -> ProfileStore:
         user_directory = pack.parents[1] / "user"
     if not user_directory.absolute().parent.is_dir():
         raise ProfileError(f"There is no ComfyUI around {user_directory}: its folder does not exist.")
-    return ProfileStore(profiles_folder(user_directory))
+    return ProfileStore(profiles_folder(user_directory, account and _account_id(user_directory, account)))
+
+
+def _account_id(user_directory: Path, account: str) -> str:
+    """Return the id of an account, which ComfyUI keeps with its name in ``users.json``."""
+    path = user_directory / "users.json"
+    try:
+        names: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ProfileError(
+            f"{path} cannot be read ({error}): there ComfyUI keeps its accounts. Leave out --account if it has none."
+        ) from None
+    found = [known for known, name in names.items() if account in (known, name)]
+    if len(found) != 1:
+        count = "no account" if not found else "more than one account"
+        raise ProfileError(f'This ComfyUI has {count} "{account}". In {path} are their ids: {", ".join(names)}.')
+    return found[0]

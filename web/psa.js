@@ -1,14 +1,17 @@
 // @ts-check
-/** ComfyUI-PSA in the browser: the tab "Safety Profiles", and the card on User Safety Profile. */
+/** ComfyUI-PSA in the browser: the tab "Safety Profiles", cards on nodes, and the question when a profile is missing. */
 
 import { app } from '../../scripts/app.js'
-import { addCard } from './psa/card.js'
+import { addApplyCard } from './psa/apply_card.js'
+import { askForMissing } from './psa/missing.js'
+import { addProfileCard } from './psa/profile_card.js'
 import { profileSettings } from './psa/settings.js'
 import { ProfileStore } from './psa/store.js'
 import { profilesTab } from './psa/tab.js'
 import { loadWords } from './psa/words.js'
 
 const store = new ProfileStore()
+const words = loadWords().catch(console.warn) // without them keys stand for words, and all else works
 
 app.registerExtension({
   name: 'ComfyUI-PSA',
@@ -19,14 +22,21 @@ app.registerExtension({
     style.rel = 'stylesheet'
     style.href = new URL('./psa/psa.css', import.meta.url).href
     document.head.append(style)
-    await loadWords().catch(console.warn) // then keys stand for words, and all else works
+    await words
     app.extensionManager.registerSidebarTab(profilesTab(store))
     store.presets().catch(console.warn)
     store.refresh()
+    window.addEventListener('focus', () => store.refresh()) // other pages and programs change it, too
   },
 
   /** @param {any} node */
   nodeCreated(node) {
-    if (node.comfyClass === 'PSAUserProfile') addCard(node, store)
+    if (node.comfyClass === 'PSAUserProfile') addProfileCard(node, store)
+    if (node.comfyClass === 'PSAApply') addApplyCard(node)
+  },
+
+  /** A workflow was opened. */
+  afterConfigureGraph() {
+    words.then(() => askForMissing(store)) // ComfyUI does not wait for the answer
   }
 })

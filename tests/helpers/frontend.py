@@ -1,4 +1,4 @@
-"""ComfyUI's real frontend in a real Chromium."""
+"""ComfyUI's real frontend in a real Chromium, and how people use this pack in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import requests
-from playwright.sync_api import Page, sync_playwright
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Locator, Page, expect, sync_playwright
+
+expect.set_options(timeout=30_000)  # a machine that does something else besides
 
 OPTIONS = (
     "--no-sandbox",
@@ -35,3 +38,38 @@ def open_page(url: str, nodes2: bool, **settings: object) -> Iterator[Page]:
         )
         yield page
         browser.close()
+
+
+def open_tab(page: Page) -> Locator:
+    page.get_by_role("button", name="Safety Profiles").first.click()
+    tab = page.get_by_role("region", name="Safety Profiles")
+    expect(tab).to_be_visible()
+    return tab
+
+
+def add_card(page: Page, reference: str = "active") -> Locator:
+    page.evaluate(
+        """(reference) => {
+            const node = LiteGraph.createNode('PSAUserProfile');
+            app.graph.add(node);
+            node.widgets.find((widget) => widget.name === 'profile_id').value = reference;
+            node.onConfigure({});
+            app.canvas.centerOnNode(node);
+        }""",
+        reference,
+    )
+    return page.locator(".psa-card")
+
+
+def banned(place: Locator) -> list[str]:
+    return place.locator(".psa-banned .psa-word").all_inner_texts()
+
+
+def violations(page: Page, *places: str) -> list[str]:
+    """What axe-core finds wrong in these places of the page, by their CSS selectors."""
+    found = Axe().run(page, context={"include": [[place] for place in places]})
+    return [
+        f"{violation['id']}: {node['html'][:200]} {node['failureSummary']}"
+        for violation in found.response["violations"]
+        for node in violation["nodes"]
+    ]

@@ -200,6 +200,23 @@ def test_an_unknown_id_is_one_sentence(run: Callable[..., Result]) -> None:
     assert "psa profile list" in _assert_one_sentence(run("show", "0123456789abcdef"))
 
 
+def test_accounts_have_stores_of_their_own(run: Callable[..., Result], user_directory: Path) -> None:
+    names = {"Alice_1": "Alice", "Bob_2": "Bob", "Bob_3": "Bob"}
+    user_directory.mkdir(exist_ok=True)
+    (user_directory / "users.json").write_text(json.dumps(names), encoding="utf-8")
+    made = run("new", "--name", "hers", "--account", "Alice").stdout.strip()
+    assert ProfileStore(profiles_folder(user_directory, "Alice_1")).read(made).profile.name == "hers"
+    assert made in run("list", "--account", "Alice_1").stdout
+    assert made not in run("list").stdout
+    assert made not in run("list", "--account", "Bob_2").stdout
+    assert 'more than one account "Bob"' in _assert_one_sentence(run("list", "--account", "Bob"))
+    assert 'no account "Carol"' in _assert_one_sentence(run("list", "--account", "Carol"))
+
+
+def test_an_account_where_there_are_none_is_said_so(run: Callable[..., Result]) -> None:
+    assert "Leave out --account" in _assert_one_sentence(run("list", "--account", "Alice"))
+
+
 def test_activate_changes_the_active_profile(run: Callable[..., Result], store: ProfileStore) -> None:
     first, second = store.create(Profile()), store.create(Profile(age=5))
     store.activate(first.id)

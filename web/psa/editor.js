@@ -38,7 +38,7 @@ let count = 0
  * @param {Presets} presets
  * @param {Profile} given
  * @param {{title: string, save: (profile: Profile) => Promise<void>, cancel: () => void}} options
- * @returns {{element: HTMLElement, mayLeave: () => Promise<boolean>}}
+ * @returns {{element: HTMLElement, changed: () => boolean, mayLeave: () => Promise<boolean>}}
  */
 export function editor(store, presets, given, { title, save, cancel }) {
   const prefix = `psa-editor-${++count}`
@@ -62,12 +62,20 @@ export function editor(store, presets, given, { title, save, cancel }) {
     waiting = setTimeout(preview, PAUSE)
   }
 
+  /** What the server would refuse, in the artist's language. @returns {string} */
+  function wrong() {
+    const { age } = profile
+    const right = age === null || (Number.isInteger(age) && age >= 0 && age <= presets.max_age)
+    return right ? '' : t('age_wrong', { max: presets.max_age })
+  }
+
   async function preview() {
     const number = ++asked
+    problem.textContent = wrong()
+    if (problem.textContent) return
     try {
       const decisions = await store.preview(profile)
       if (number !== asked) return // a later one is on its way
-      problem.textContent = ''
       meter.replaceChildren(strictness(decisions), chips(decisions))
       showReasons(decisions)
     } catch (error) {
@@ -183,8 +191,12 @@ export function editor(store, presets, given, { title, save, cancel }) {
   /** @param {Event} event */
   async function submit(event) {
     event.preventDefault()
-    saveButton.disabled = true
     refusal.textContent = ''
+    if (wrong()) {
+      problem.textContent = wrong()
+      return
+    }
+    saveButton.disabled = true
     try {
       await save(profile)
     } catch (error) {
@@ -221,7 +233,7 @@ export function editor(store, presets, given, { title, save, cancel }) {
   problem,
   refusal,
   h('div', { class: 'psa-buttons' }, button(t('cancel'), leave), saveButton))
-  return { element: form, mayLeave }
+  return { element: form, changed: () => changed, mayLeave }
 }
 
 /** @param {import('./store.js').Level} level */

@@ -5,6 +5,7 @@
  */
 
 import { api } from '../../../scripts/api.js'
+import { t } from './words.js'
 
 /**
  * @typedef {{id: string, name: string, active: boolean, problem: string | null, restorable: boolean}} Entry
@@ -128,11 +129,17 @@ export class ProfileStore extends EventTarget {
       method,
       cache: 'no-store',
       ...(body && { body: JSON.stringify(body), headers: { 'Content-Type': 'application/json' } })
-    })
+    }).catch(() => { throw new StoreProblem(t('no_answer'), 0) })
     const content = await answer.json().catch(() => ({}))
-    if (!answer.ok) throw new StoreProblem(content.error ?? `${answer.status} ${answer.statusText}`, answer.status)
+    if (!answer.ok) throw new StoreProblem(sayStatus(answer.status) ?? content.error ?? answer.statusText, answer.status)
     return content
   }
+}
+
+/** What happens to artists, in their language; the rest is said by the server. @param {number} status */
+function sayStatus(status) {
+  if (status === 404) return t('gone')
+  if (status === 409) return t('changed_elsewhere')
 }
 
 /** @param {unknown} error */

@@ -16,24 +16,20 @@ export const TAB_ID = 'psa-profiles'
  * @typedef {import('./store.js').Stored} Stored
  */
 
-/** What other parts ask of the tab, before or while it is shown. */
-const wishes = new EventTarget()
-/** @type {{edit: string | null} | null} */
-let wish = null
+/** @type {ReturnType<typeof makeTab> | null} Made once: what was typed is there again when the tab is closed and opened. */
+let tab = null
 
 /** Open the tab with a profile in the editor, or with a new one. @param {string | null} id */
 export function openEditor(id) {
-  wish = { edit: id }
   if (app.extensionManager.sidebarTab.activeSidebarTabId !== TAB_ID) {
     app.extensionManager.sidebarTab.toggleSidebarTab(TAB_ID)
   }
-  wishes.dispatchEvent(new Event('wish'))
+  tab?.edit(id)
 }
 
 /** @param {ProfileStore} store */
 export function profilesTab(store) {
-  /** @type {(() => void) | null} */
-  let leave = null
+  const made = tab = makeTab(store)
   return {
     id: TAB_ID,
     icon: 'pi pi-shield',
@@ -42,18 +38,18 @@ export function profilesTab(store) {
     type: /** @type {const} */ ('custom'),
     /** @param {HTMLElement} place */
     render(place) {
-      leave?.()
-      leave = showTab(place, store)
+      place.replaceChildren(made.element)
+      made.focus()
+      store.refresh() // other programs change it, too
     },
     destroy() {
-      leave?.()
-      leave = null
+      made.element.remove()
     }
   }
 }
 
-/** @param {HTMLElement} place @param {ProfileStore} store @returns {() => void} */
-function showTab(place, store) {
+/** @param {ProfileStore} store */
+function makeTab(store) {
   const list = h('ul', { class: 'psa-list' })
   const said = h('div', { class: 'psa-said', role: 'status' })
   const search = h('input', {
@@ -64,12 +60,14 @@ function showTab(place, store) {
   const body = h('div', { class: 'psa-body' })
   /** @type {ReturnType<typeof editor> | null} */
   let open = null
+  /** @type {string | null} Whom, if an editor is open. */
+  let editing = null
   const heading = h('div', { class: 'psa-heading' },
     h('h2', {}, t('tab')),
     iconButton('plus', t('new_profile'), () => edit(null)),
     iconButton('download', t('import'), () => file.click()),
     file)
-  place.replaceChildren(h('section', { class: 'psa-tab', 'aria-label': t('tab') }, heading, body, said))
+  const element = h('section', { class: 'psa-tab', 'aria-label': t('tab') }, heading, body, said)
 
   /** @param {string} message @param {string} [undoLabel] @param {() => Promise<void>} [undo] */
   function say(message, undoLabel, undo) {
@@ -101,7 +99,12 @@ function showTab(place, store) {
     showList()
   }
 
+  let shown = ''
   function showList() {
+    const wanted = search.value.trim().toLowerCase()
+    const toShow = JSON.stringify([store.problem, store.entries, wanted])
+    if (toShow === shown) return // so that the keyboard stays where it is
+    shown = toShow
     if (store.problem) {
       list.replaceChildren(h('li', { class: 'psa-problem', role: 'alert' }, store.problem))
       return
@@ -113,7 +116,6 @@ function showTab(place, store) {
         button(t('make_my_profile'), () => edit(null), 'primary')))
       return
     }
-    const wanted = search.value.trim().toLowerCase()
     const found = store.entries.filter((entry) => profileName(entry.name).toLowerCase().includes(wanted))
     list.replaceChildren(...found.map(line))
     if (found.length === 0) list.append(h('li', {}, t('none_found')))
@@ -148,6 +150,7 @@ function showTab(place, store) {
   /** @param {string | null} id */
   async function edit(id) {
     await attempt(async () => {
+      if (open && editing === id) return
       if (open && !(await open.mayLeave())) return
       const presets = await store.presets()
       let stored = id === null ? null : await store.read(id)
@@ -162,11 +165,16 @@ function showTab(place, store) {
         },
         cancel: showOverview
       })
+      editing = id
       body.replaceChildren(open.element)
-      /** @type {HTMLInputElement | null} */
-      const nameField = body.querySelector('.psa-fields input')
-      nameField?.focus()
+      focus()
     })
+  }
+
+  function focus() {
+    /** @type {HTMLInputElement | null} */
+    const nameField = body.querySelector('.psa-fields input')
+    nameField?.focus()
   }
 
   /** @param {Entry} entry */
@@ -208,22 +216,10 @@ function showTab(place, store) {
     })
   }
 
-  function followWish() {
-    if (!wish) return
-    const { edit: id } = wish
-    wish = null
-    edit(id)
-  }
-
-  const onChange = () => { if (list.isConnected) showList() }
-  store.addEventListener('change', onChange)
-  wishes.addEventListener('wish', followWish)
+  store.addEventListener('change', showList)
+  window.addEventListener('beforeunload', (event) => {
+    if (open?.changed()) event.preventDefault() // the browser asks
+  })
   showOverview()
-  store.refresh()
-  followWish()
-  return () => {
-    store.removeEventListener('change', onChange)
-    wishes.removeEventListener('wish', followWish)
-    place.replaceChildren()
-  }
+  return { element, edit, focus }
 }

@@ -3,16 +3,16 @@
 
 import { levelLabel } from './editor.js'
 import { button, chips, h, strictness } from './elements.js'
+import { after, keepShown, putCard } from './nodes.js'
 import { defaultReference, shownName } from './settings.js'
 import { problemOf } from './store.js'
 import { openEditor } from './tab.js'
 import { t } from './words.js'
 
-const WIDTH = 345
 const HEIGHT = 235
 
 /** @param {any} node @param {import('./store.js').ProfileStore} store */
-export function addCard(node, store) {
+export function addProfileCard(node, store) {
   const reference = node.widgets.find((/** @type {any} */ widget) => widget.name === 'profile_id')
   // The card's own picker shows names instead of ids.
   reference.hidden = true
@@ -22,23 +22,11 @@ export function addCard(node, store) {
   const picker = h('select', { class: 'psa-picker', 'aria-label': t('whose_boundaries'), onchange: () => {
     reference.value = picker.value
     reference.callback?.(picker.value)
-    show()
   } })
   const body = h('div', { class: 'psa-card-body', 'aria-live': 'polite' })
   const editButton = button(t('edit_short'), () => openEditor(shownId()))
-  const card = h('div', {
-    class: 'psa-card',
-    onkeydown: (/** @type {KeyboardEvent} */ event) => event.stopPropagation() // keys are ComfyUI's shortcuts
-  }, picker, body,
-    h('div', { class: 'psa-buttons' }, editButton, button(t('new_short'), () => openEditor(null))))
-  // Its value is never saved: what is in it belongs to nobody but its owner.
-  const widget = node.addDOMWidget('psa_card', 'psa-card', card, {
-    serialize: false,
-    getMinHeight: () => HEIGHT,
-    getValue: () => '',
-    setValue: () => {}
-  })
-  widget.serialize = false
+  putCard(node, h('div', { class: 'psa-card' }, picker, body,
+    h('div', { class: 'psa-buttons' }, editButton, button(t('new_short'), () => openEditor(null)))), HEIGHT)
 
   function shownId() {
     return reference.value === 'active' ? store.active?.id ?? null : reference.value
@@ -74,29 +62,6 @@ export function addCard(node, store) {
     }
   }
 
-  // Copying makes nodes that are never added.
-  const added = node.onAdded
-  node.onAdded = function () {
-    added?.apply(this, arguments)
-    store.addEventListener('change', show)
-    show()
-  }
-  const removed = node.onRemoved
-  node.onRemoved = function () {
-    store.removeEventListener('change', show)
-    removed?.apply(this, arguments)
-  }
-  const configured = node.onConfigure
-  node.onConfigure = function () {
-    configured?.apply(this, arguments)
-    fit()
-    show()
-  }
-
-  function fit() {
-    const [width, height] = node.computeSize()
-    node.setSize([Math.max(node.size[0], width, WIDTH), Math.max(node.size[1], height)])
-  }
-
-  fit()
+  after(reference, 'callback', show)
+  keepShown(node, [[store, 'change']], show)
 }

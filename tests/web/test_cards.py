@@ -1,0 +1,196 @@
+"""The cards on User Safety Profile and Apply PSA, and the question when a workflow names a profile that is missing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from frontend import add_card, banned, open_tab, violations
+from playwright.sync_api import Page, expect
+
+from comfyui_psa.profiles import Profile, ProfileStore
+from comfyui_psa.training.comfyui import PACK
+
+MARKER = "Zorblaxism"
+
+
+@pytest.fixture
+def page(empty_page: Page) -> Page:
+    return empty_page
+
+
+def test_the_card_follows_the_store_and_picks_a_profile_or_a_level(page: Page, store: ProfileStore) -> None:
+    strict = store.create(Profile(name="Strict", overrides={"Hate": "ban"}))
+    store.activate(strict.id)
+    open_tab(page)
+    card = add_card(page)
+    picker = card.get_by_role("combobox", name="Whose boundaries")
+    expect(picker.locator("option:checked")).to_have_text("The active profile (Strict)")
+    expect(card.get_by_role("meter")).to_have_attribute("aria-valuetext", "bans 1 of 7")
+    assert banned(card) == ["Hate"]
+    picker.select_option("L5")
+    expect(card.get_by_role("meter")).to_have_attribute("aria-valuetext", "bans 7 of 7")
+    assert prompt(page)["profile_id"] == "L5"
+    picker.select_option("Strict")
+    expect(card.get_by_role("meter")).to_have_attribute("aria-valuetext", "bans 1 of 7")
+    assert prompt(page)["profile_id"] == strict.id
+    card.get_by_role("button", name="Edit").click()
+    editor = page.get_by_role("form", name="Edit Strict")
+    editor.get_by_role("group", name="Shocking").get_by_label("Ban").check()
+    editor.get_by_role("button", name="Save").click()
+    expect(card.get_by_role("meter")).to_have_attribute("aria-valuetext", "bans 2 of 7")
+
+
+def test_names_stay_out_of_nodes_and_new_nodes_begin_with_another_profile_if_somebody_says_so(
+    page: Page, store: ProfileStore
+) -> None:
+    stored = store.create(Profile(name=MARKER))
+    store.activate(stored.id)
+    page.evaluate("() => app.extensionManager.setting.set('PSA.ShowNames', false)")
+    page.evaluate("() => app.extensionManager.setting.set('PSA.DefaultProfile', 'L4')")
+    try:
+        open_tab(page)
+        page.evaluate("() => app.graph.add(LiteGraph.createNode('PSAUserProfile'))")
+        picker = page.locator(".psa-card").get_by_role("combobox")
+        expect(picker).to_have_value("L4")
+        expect(picker.locator("option").first).to_have_text(f"The active profile (#{stored.id[:4]})")
+        expect(picker).not_to_contain_text(MARKER)
+        page.evaluate("() => app.extensionManager.setting.set('PSA.ShowNames', true)")
+        expect(picker).to_contain_text(MARKER)
+    finally:
+        page.evaluate("() => app.extensionManager.setting.set('PSA.ShowNames', true)")
+        page.evaluate("() => app.extensionManager.setting.set('PSA.DefaultProfile', 'active')")
+
+
+def open_with_reference(page: Page, reference: str) -> None:
+    """Open a workflow, as people do, with a User Safety Profile that refers to this profile."""
+    page.evaluate(
+        """async (reference) => {
+            app.graph.clear();
+            app.graph.add(LiteGraph.createNode('PSAUserProfile'));
+            const workflow = app.graph.serialize();
+            workflow.nodes[0].widgets_values = [reference];
+            await app.loadGraphData(workflow);
+        }""",
+        reference,
+    )
+
+
+MISSING = "0123456789abcdef"
+
+
+def test_a_workflow_that_names_a_missing_profile_asks_whose_boundaries_and_draws_nothing_before(
+    page: Page, store: ProfileStore
+) -> None:
+    store.activate(store.create(Profile(name="Mine", overrides={"Hate": "ban"})).id)
+    open_with_reference(page, MISSING)
+    dialog = page.get_by_role("dialog", name="Whose boundaries?")
+    expect(dialog).to_contain_text("a profile that is not on this computer")
+    assert prompt(page)["profile_id"] == MISSING
+    assert violations(page, ".psa-dialog") == []
+    dialog.get_by_role("button", name="Decide later").click()
+    expect(dialog).to_have_count(0)
+    card = page.locator(".psa-card")
+    expect(card.get_by_role("alert")).to_contain_text("a profile that is not on this computer")
+    expect(card.get_by_role("combobox").locator("option:checked")).to_have_text(
+        "A profile that is not on this computer"
+    )
+    assert prompt(page)["profile_id"] == MISSING
+    with page.expect_response("**/prompt") as refused:
+        page.evaluate("() => void app.queuePrompt(0, 1)")
+    assert refused.value.status == 400
+    page.keyboard.press("Escape")  # what ComfyUI says of it
+
+    open_with_reference(page, f"{MISSING[:-1]}0")
+    expect(dialog.get_by_role("combobox").locator("option:checked")).to_have_text("The active profile (Mine)")
+    dialog.get_by_role("button", name="Use it").click()
+    expect(dialog).to_have_count(0)
+    assert prompt(page)["profile_id"] == "active"
+    expect(card.get_by_role("meter")).to_have_attribute("aria-valuetext", "bans 1 of 7")
+
+
+def test_without_a_profile_of_ones_own_it_offers_levels_or_to_make_one(page: Page, store: ProfileStore) -> None:
+    open_with_reference(page, f"{MISSING[:-1]}1")
+    dialog = page.get_by_role("dialog", name="Whose boundaries?")
+    dialog.get_by_role("combobox").select_option("L4")
+    dialog.get_by_role("button", name="Use it").click()
+    assert prompt(page)["profile_id"] == "L4"
+
+    open_with_reference(page, f"{MISSING[:-1]}2")
+    dialog.get_by_role("button", name="Make my profile").click()
+    assert prompt(page)["profile_id"] == "active"
+    expect(page.get_by_role("form", name="New profile")).to_be_visible()
+
+
+def test_a_profile_that_is_here_is_not_asked_about(page: Page, store: ProfileStore) -> None:
+    stored = store.create(Profile(name="Mine"))
+    for reference in (stored.id, "active", "L2"):
+        open_with_reference(page, reference)
+        expect(page.locator(".psa-card").get_by_role("combobox")).to_have_value(reference)
+        expect(page.locator(".psa-dialog")).to_have_count(0)
+
+
+def test_apply_psa_shows_what_it_does(page: Page) -> None:
+    """The badge follows the node, and the facts are those of the last run."""
+    workflow = json.loads((PACK / "example_workflows" / "psa_first_steps.json").read_text(encoding="utf-8"))
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+    card = page.get_by_role("group", name="What PSA does here")
+    badge = card.get_by_role("status")
+    expect(badge).to_have_text("Acts at strength 1")
+    expect(card).to_contain_text("After a run")
+    result = page.evaluate(
+        """() => new Promise((resolve) => {
+            const node = (type) => app.graph.nodes.find((node) => node.type === type);
+            const set = (type, name, value) => {
+                const widget = node(type).widgets.find((widget) => widget.name === name);
+                widget.value = value;
+                widget.callback?.(value);
+            };
+            set('EmptyLatentImage', 'batch_size', 1);
+            set('KSampler', 'steps', 1);
+            set('PSAApply', 'strength', 0.8);
+            app.api.addEventListener('execution_success', () => resolve('done'), {once: true});
+            app.api.addEventListener('execution_error', (event) => resolve(event.detail), {once: true});
+            app.queuePrompt(0, 1);
+        })"""
+    )
+    assert result == "done"
+    expect(badge).to_have_text("Acts at strength 0.8")
+    facts = dict(zip(card.locator("dt").all_inner_texts(), card.locator("dd").all_inner_texts(), strict=True))
+    assert facts == {
+        "Adapter": "psa_miniature.safetensors",
+        "Base": "PSA Miniature",
+        "Acts on": "the prompt",
+        "Encoder": "attributes-1",
+    }
+    assert violations(page, ".psa-card") == []
+
+
+def test_apply_psa_says_clearly_when_it_does_nothing(page: Page) -> None:
+    page.evaluate(
+        """() => {
+            const node = LiteGraph.createNode('PSAApply');
+            app.graph.add(node);
+            app.canvas.centerOnNode(node);
+            app.canvas.selectItems([node]);
+            const strength = node.widgets.find((widget) => widget.name === 'strength');
+            strength.value = 0;
+            strength.callback(0);
+        }"""
+    )
+    badge = page.get_by_role("group", name="What PSA does here").get_by_role("status")
+    expect(badge).to_have_text("Off: strength 0 is the base model")
+    page.locator("canvas").first.press("Control+b")
+    expect(badge).to_have_text("Bypassed: nobody's boundaries are followed")
+    page.locator("canvas").first.press("Control+b")
+    expect(badge).to_have_text("Off: strength 0 is the base model")
+    page.locator("canvas").first.press("Control+m")
+    expect(badge).to_have_text("Muted: this node does not run")
+
+
+def prompt(page: Page) -> dict[str, Any]:
+    """The inputs of the only node, as they are queued."""
+    (node,) = page.evaluate("async () => Object.values((await app.graphToPrompt()).output)")
+    inputs: dict[str, Any] = node["inputs"]
+    return inputs
