@@ -25,7 +25,7 @@ app.registerExtension({
     store.refresh()
   },
 
-  /** @param {any} node */
+  /** @param {import('@comfyorg/comfyui-frontend-types').LGraphNode} node */
   nodeCreated(node) {
     if (node.comfyClass === 'PSAUserProfile') addCard(node, store)
   }

@@ -11,9 +11,14 @@ import { t } from './words.js'
 const WIDTH = 345
 const HEIGHT = 235
 
-/** @param {any} node @param {import('./store.js').ProfileStore} store */
+/**
+ * @typedef {import('@comfyorg/comfyui-frontend-types').LGraphNode} LGraphNode
+ * @typedef {import('@comfyorg/comfyui-frontend-types').IBaseWidget & {value: string}} Reference
+ */
+
+/** @param {LGraphNode} node @param {import('./store.js').ProfileStore} store */
 export function addCard(node, store) {
-  const reference = node.widgets.find((/** @type {any} */ widget) => widget.name === 'profile_id')
+  const reference = /** @type {Reference} */ (node.widgets?.find((widget) => widget.name === 'profile_id'))
   // The card's own picker shows names instead of ids.
   reference.hidden = true
   reference.options.hidden = true
@@ -76,19 +81,19 @@ export function addCard(node, store) {
 
   // Copying makes nodes that are never added.
   const added = node.onAdded
-  node.onAdded = function () {
-    added?.apply(this, arguments)
+  node.onAdded = function (...given) {
+    added?.apply(this, given)
     store.addEventListener('change', show)
     show()
   }
   const removed = node.onRemoved
-  node.onRemoved = function () {
+  node.onRemoved = function (...given) {
     store.removeEventListener('change', show)
-    removed?.apply(this, arguments)
+    removed?.apply(this, given)
   }
   const configured = node.onConfigure
-  node.onConfigure = function () {
-    configured?.apply(this, arguments)
+  node.onConfigure = function (...given) {
+    configured?.apply(this, given)
     fit()
     show()
   }
