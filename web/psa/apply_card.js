@@ -1,9 +1,8 @@
 // @ts-check
 /** The card on Apply PSA: whether it acts at all, and what the last run applied. It knows nothing of the user. */
 
-import { api } from '../../../scripts/api.js'
 import { h } from './elements.js'
-import { after, isLinked, keepShown, putCard } from './nodes.js'
+import { after, everyFrame, isLinked, putCard, whileShown } from './nodes.js'
 import { t } from './words.js'
 
 const HEIGHT = 150
@@ -15,7 +14,7 @@ const BYPASS = 4
  *   strength: number}} Applied What the node says of a run, see nodes/apply.py.
  */
 
-/** @param {any} node */
+/** @param {import('@comfyorg/comfyui-frontend-types').LGraphNode} node */
 export function addApplyCard(node) {
   /** @type {Applied | null} */
   let applied = null
@@ -23,10 +22,10 @@ export function addApplyCard(node) {
   const facts = h('div', { class: 'psa-card-body' })
   putCard(node, h('div', { class: 'psa-card', role: 'group', 'aria-label': t('what_applies') }, badge, facts), HEIGHT)
 
-  const widget = node.widgets.find((/** @type {any} */ { name }) => name === 'strength')
+  const widget = node.widgets?.find(({ name }) => name === 'strength')
   /** @returns {number | undefined} What the next run takes; where another node says it, what the last one took. */
   function strength() {
-    return isLinked(node, 'strength') ? applied?.strength : widget?.value
+    return isLinked(node, 'strength') ? applied?.strength : Number(widget?.value)
   }
 
   function show() {
@@ -45,9 +44,15 @@ export function addApplyCard(node) {
     applied = output.psa[0]
     show()
   })
-  if (widget) after(widget, 'callback', show)
-  // The first is fired when anything of the graph was changed: a mode, a link.
-  keepShown(node, [[api, 'graphChanged']], show)
+
+  let seen = ''
+  // ComfyUI tells nobody that a node was bypassed.
+  whileShown(node, () => everyFrame(() => {
+    const now = `${node.mode} ${strength()}`
+    if (now === seen) return
+    seen = now
+    show()
+  }))
 }
 
 /** @param {Applied} applied */

@@ -6,7 +6,8 @@ import { t, tWord } from './words.js'
 /**
  * @template {keyof HTMLElementTagNameMap} Tag
  * @param {Tag} tag
- * @param {Record<string, any>} [attributes] Those that begin with "on" are listeners; null and false are left out.
+ * @param {Record<string, any>} [attributes] Those that begin with "on" are listeners, each of its own event; null and
+ *   false are left out.
  * @param {...(Node | string | null | undefined)} children
  * @returns {HTMLElementTagNameMap[Tag]}
  */

@@ -1,12 +1,14 @@
 // @ts-check
 /** What the cards on nodes have in common: where they sit, and when they look again. */
 
+/** @typedef {import('@comfyorg/comfyui-frontend-types').LGraphNode} LGraphNode */
+
 const WIDTH = 345
 
 /**
  * Put a card below a node's widgets. Nothing of it is ever saved: what is in it belongs to nobody but who sees it.
  *
- * @param {any} node @param {HTMLElement} card @param {number} height Of the card, in pixels, at least.
+ * @param {LGraphNode} node @param {HTMLElement} card @param {number} height Of the card, in pixels, at least.
  */
 export function putCard(node, card, height) {
   card.addEventListener('keydown', (event) => event.stopPropagation()) // keys are ComfyUI's shortcuts
@@ -27,25 +29,33 @@ export function putCard(node, card, height) {
 }
 
 /**
- * Call ``show`` whenever a node that is in a graph may have to look different. Copying makes nodes that never are.
+ * Do something while a node is in a graph. Copying makes nodes that never are.
  *
- * @param {any} node @param {[EventTarget, string][]} events What else may change it. @param {() => void} show
+ * @param {LGraphNode} node @param {() => () => void} start Returns what stops it.
  */
-export function keepShown(node, events, show) {
-  after(node, 'onAdded', () => {
-    for (const [target, name] of events) target.addEventListener(name, show)
-    show()
-  })
+export function whileShown(node, start) {
+  /** @type {(() => void) | null} */
+  let stop = null
+  after(node, 'onAdded', () => { stop ??= start() })
   after(node, 'onRemoved', () => {
-    for (const [target, name] of events) target.removeEventListener(name, show)
+    stop?.()
+    stop = null
   })
-  after(node, 'onConfigure', show)
+}
+
+/** Look with every frame that the browser draws. @param {() => void} look @returns {() => void} */
+export function everyFrame(look) {
+  let next = requestAnimationFrame(function frame() {
+    look()
+    next = requestAnimationFrame(frame)
+  })
+  return () => cancelAnimationFrame(next)
 }
 
 /**
  * Do more when ComfyUI calls a node, whatever else listens there.
  *
- * @param {any} node @param {string} name @param {(...given: any[]) => void} more
+ * @param {any} node Or widget: whatever ComfyUI calls. @param {string} name @param {(...given: any[]) => void} more
  */
 export function after(node, name, more) {
   const before = node[name]
@@ -56,7 +66,7 @@ export function after(node, name, more) {
   }
 }
 
-/** Whether another node gives what a widget would. @param {any} node @param {string} name */
+/** Whether another node gives what a widget would. @param {LGraphNode} node @param {string} name */
 export function isLinked(node, name) {
   const slot = node.findInputSlot(name)
   return slot >= 0 && node.isInputConnected(slot)

@@ -3,7 +3,7 @@
 
 import { levelLabel } from './editor.js'
 import { button, chips, h, strictness } from './elements.js'
-import { after, keepShown, putCard } from './nodes.js'
+import { after, putCard, whileShown } from './nodes.js'
 import { defaultReference, shownName } from './settings.js'
 import { problemOf } from './store.js'
 import { openEditor } from './tab.js'
@@ -11,9 +11,14 @@ import { t } from './words.js'
 
 const HEIGHT = 235
 
-/** @param {any} node @param {import('./store.js').ProfileStore} store */
+/**
+ * @typedef {import('@comfyorg/comfyui-frontend-types').LGraphNode} LGraphNode
+ * @typedef {import('@comfyorg/comfyui-frontend-types').IBaseWidget & {value: string}} Reference
+ */
+
+/** @param {LGraphNode} node @param {import('./store.js').ProfileStore} store */
 export function addProfileCard(node, store) {
-  const reference = node.widgets.find((/** @type {any} */ widget) => widget.name === 'profile_id')
+  const reference = /** @type {Reference} */ (node.widgets?.find((widget) => widget.name === 'profile_id'))
   // The card's own picker shows names instead of ids.
   reference.hidden = true
   reference.options.hidden = true
@@ -63,5 +68,10 @@ export function addProfileCard(node, store) {
   }
 
   after(reference, 'callback', show)
-  keepShown(node, [[store, 'change']], show)
+  after(node, 'onConfigure', show)
+  whileShown(node, () => {
+    store.addEventListener('change', show)
+    show()
+    return () => store.removeEventListener('change', show)
+  })
 }

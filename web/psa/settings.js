@@ -4,10 +4,13 @@
 import { app } from '../../../scripts/app.js'
 import { profileName } from './elements.js'
 
-const SHOW_NAMES = 'PSA.ShowNames'
-const DEFAULT_PROFILE = 'PSA.DefaultProfile'
+/** @typedef {import('@comfyorg/comfyui-frontend-types').SettingParams} SettingParams */
 
-/** @param {import('./store.js').ProfileStore} store */
+// The types know the ids of ComfyUI's own settings alone.
+const SHOW_NAMES = /** @type {SettingParams['id']} */ (/** @type {string} */ ('PSA.ShowNames'))
+const DEFAULT_PROFILE = /** @type {SettingParams['id']} */ (/** @type {string} */ ('PSA.DefaultProfile'))
+
+/** @param {import('./store.js').ProfileStore} store @returns {SettingParams[]} */
 export function profileSettings(store) {
   return [
     {
@@ -26,21 +29,24 @@ export function profileSettings(store) {
       tooltip: 'What a new User Safety Profile refers to.',
       type: 'combo',
       defaultValue: 'active',
-      options: () => [
-        'active',
-        ...store.entries.map((entry) => ({ value: entry.id, text: profileName(entry.name) })),
-        ...store.levels.map((level) => level.id)
-      ]
+      // Read whenever the dialog is opened.
+      get options() {
+        return [
+          'active',
+          ...store.entries.map((entry) => ({ value: entry.id, text: profileName(entry.name) })),
+          ...store.levels.map((level) => level.id)
+        ]
+      }
     }
   ]
 }
 
 /** The name of a profile, or where names are not to be shown what tells it from others. @param {import('./store.js').Entry} entry */
 export function shownName(entry) {
-  return app.ui.settings.getSettingValue(SHOW_NAMES) === false ? `#${entry.id.slice(0, 4)}` : profileName(entry.name)
+  return app.extensionManager.setting.get(SHOW_NAMES) === false ? `#${entry.id.slice(0, 4)}` : profileName(entry.name)
 }
 
 /** @returns {string} */
 export function defaultReference() {
-  return app.ui.settings.getSettingValue(DEFAULT_PROFILE) ?? 'active'
+  return app.extensionManager.setting.get(DEFAULT_PROFILE) ?? 'active'
 }

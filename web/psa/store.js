@@ -123,7 +123,7 @@ export class ProfileStore extends EventTarget {
     }
   }
 
-  /** @param {string} method @param {string} path @param {object} [body] @returns {Promise<any>} */
+  /** @param {string} method @param {string} path @param {object} [body] @returns {Promise<any>} Of JSON. */
   async _ask(method, path, body) {
     const answer = await api.fetchApi(`/psa${path}`, {
       method,

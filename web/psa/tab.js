@@ -21,9 +21,9 @@ let tab = null
 
 /** Open the tab with a profile in the editor, or with a new one. @param {string | null} id */
 export function openEditor(id) {
-  if (app.extensionManager.sidebarTab.activeSidebarTabId !== TAB_ID) {
-    app.extensionManager.sidebarTab.toggleSidebarTab(TAB_ID)
-  }
+  const { command } = app.extensionManager
+  const toggle = `Workspace.ToggleSidebarTab.${TAB_ID}` // ComfyUI makes this command for each tab
+  if (!command.commands.find((known) => known.id === toggle)?.active?.()) command.execute(toggle)
   tab?.edit(id)
 }
 

@@ -4,7 +4,7 @@
 import { api } from '../../../scripts/api.js'
 import { app } from '../../../scripts/app.js'
 
-/** @type {Record<string, any>} */
+/** @type {Record<string, any>} Per language what all packs have in their files, of any shape. */
 let languages = {}
 
 export async function loadWords() {
@@ -13,7 +13,7 @@ export async function loadWords() {
 
 /** @param {string} key @param {Record<string, string | number>} [values] */
 export function t(key, values = {}) {
-  const locale = String(app.ui.settings.getSettingValue('Comfy.Locale') ?? 'en')
+  const locale = String(app.extensionManager.setting.get('Comfy.Locale') ?? 'en')
   const text = find(locale, key) ?? find(locale.split('-')[0], key) ?? find('en', key) ?? key
   return text.replace(/\{(\w+)\}/g, (/** @type {string} */ whole, /** @type {string} */ name) =>
     String(values[name] ?? whole)
