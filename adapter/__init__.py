@@ -8,7 +8,7 @@ from .config import PAPER_CATEGORIES, AdapterConfig, EncoderSpec, GatedSpec, Kin
 from .constant import SiteVectors
 from .errors import AdapterError
 from .families import FAMILIES, Family, family_name
-from .files import SUFFIXES, load_adapter, save_adapter
+from .files import SUFFIXES, load_adapter, load_adapter_config, save_adapter
 from .gated import SiteGate
 from .release import TEMPLATE_NAME
 from .sites import WORKS_WITH, BlockKey, Site, find_sites
@@ -38,5 +38,6 @@ __all__ = [
     "family_name",
     "find_sites",
     "load_adapter",
+    "load_adapter_config",
     "save_adapter",
 ]

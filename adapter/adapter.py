@@ -30,10 +30,9 @@ class PSAAdapter(nn.Module):
     """An adapter and its configuration. Parameters are float32; as it is made it changes nothing yet.
 
     ``embedding_mean`` and ``embedding_std`` (``[embedding_dim]``) standardise user embeddings; the paper's
-    adapters have 0 and 1. ``name`` is the file that the adapter comes from, if any.
+    adapters have 0 and 1.
     """
 
-    name: str = ""
     embedding_mean: Tensor
     embedding_std: Tensor
 

@@ -36,19 +36,30 @@ def load_adapter(path: Path) -> PSAAdapter:
     Raises:
         AdapterError: the file is missing, damaged, no adapter, incomplete, or holds NaN or infinity.
     """
-    if not path.is_file():
-        raise AdapterError(f"There is no adapter file {path}. Put the adapter there, or choose another one.")
+    _check_file(path)
     if path.suffix.lower() in PICKLE_SUFFIXES:
         config, tensors = translate_release(flatten_release(read_pickle(path), path), path)
         return _build(config, tensors, path)
-    if path.suffix.lower() != ".safetensors":
-        raise AdapterError(f"{path.name} is not an adapter file: expected one of {', '.join(SUFFIXES)}.")
     tensors, metadata = _read_safetensors(path)
     if metadata.get("format") == FORMAT:
         config = _read_config(metadata, path)
     else:
         config, tensors = translate_release(tensors, path)
     return _build(config, tensors, path)
+
+
+def load_adapter_config(path: Path) -> AdapterConfig:
+    """Return what an adapter says about itself. Of our format only the description is read, of a release all.
+
+    Raises:
+        AdapterError: see ``load_adapter``.
+    """
+    _check_file(path)
+    if path.suffix.lower() == ".safetensors":
+        metadata = _read_safetensors(path, tensors=False)[1]
+        if metadata.get("format") == FORMAT:
+            return _read_config(metadata, path)
+    return load_adapter(path).config
 
 
 def save_adapter(adapter: PSAAdapter, path: Path) -> None:
@@ -130,18 +141,25 @@ def _build(config: AdapterConfig, tensors: Mapping[str, Tensor], path: Path) -> 
     if not bool((loaded["embedding_std"] > 0).all()):
         raise AdapterError(f"In {path.name} the embedding deviation is not positive. Train or convert it again.")
     adapter.load_state_dict(loaded, assign=True)
-    adapter.name = path.name
     return adapter.requires_grad_(False).eval()
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise AdapterError(f"There is no adapter file {path}. Put the adapter there, or choose another one.")
+    if path.suffix.lower() not in SUFFIXES:
+        raise AdapterError(f"{path.name} is not an adapter file: expected one of {', '.join(SUFFIXES)}.")
 
 
 def _some(names: list[str]) -> str:
     return f"{len(names)}{f' ({names[0]}, ...)' if names else ''}"
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            names = file.keys() if tensors else ()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except DAMAGE as error:
         raise AdapterError(
             f"{path.name} could not be read as safetensors ({error}). It is damaged, not fully downloaded, or "

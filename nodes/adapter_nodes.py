@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..adapter import TEMPLATE_NAME, AdapterError, NullMode, PSAAdapter, load_adapter
 from ..profiles import SafetyEmbedding
-from .apply import apply_psa, what_applies
+from .apply import apply_psa
 from .folders import ADAPTERS, check_file, file_fingerprint, file_names, find_file, missing_file
 from .schema import Adapter, Embedding, advanced_combo, node_schema
 
@@ -131,8 +131,7 @@ class PSAApply(io.ComfyNode):
     ) -> io.NodeOutput:
         """Patch a clone of the model."""
         null = _UNCONDITIONAL[unconditional]
-        patched = apply_psa(model, adapter, embedding, strength, start_percent, end_percent, null)
-        return io.NodeOutput(patched, ui={"psa": [what_applies(model, adapter, strength)]})
+        return io.NodeOutput(apply_psa(model, adapter, embedding, strength, start_percent, end_percent, null))
 
 
 NODES: list[type[io.ComfyNode]] = [PSALoadAdapter, PSAApply]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from comfy.model_patcher import ModelPatcher
 
@@ -48,23 +46,6 @@ def apply_psa(
     with torch.no_grad():
         effect = adapter.effect(embedding.vectors, null)
     return UserPatch(effect, len(embedding.vectors), sites, strength, start_percent, end_percent).attach(model)
-
-
-def what_applies(model: ModelPatcher, adapter: PSAAdapter, strength: float) -> dict[str, Any]:
-    """Return what the card on Apply PSA shows of a patch (``Applied`` in ``web/psa/apply_card.js``).
-
-    It becomes part of the history: nothing of the user is in it.
-    """
-    config = adapter.config
-    acts_on_layers = strength != 0 and config.kinds != ("text",)
-    return {
-        "adapter": adapter.name,
-        "base": config.base_title,
-        "kinds": config.kinds if strength != 0 else (),
-        "layers": len(find_sites(model.model.diffusion_model)) if acts_on_layers else 0,
-        "encoder": config.encoder.name,
-        "strength": strength,
-    }
 
 
 def check_encoder(adapter: PSAAdapter, embedding: SafetyEmbedding) -> None:

@@ -1,4 +1,4 @@
-"""The private store over HTTP, under ``/psa/``, for the browser side of whoever sits at this ComfyUI.
+"""The private store over HTTP, and what cards show, under ``/psa/``, for the page of whoever sits at this ComfyUI.
 
 A web page that the artist visits must be able neither to read nor to change a profile: requests from another origin are
 refused, also those that reach this server under a name that is not its own (DNS rebinding), and what has a body has to
@@ -20,6 +20,7 @@ from typing import Any
 
 from aiohttp import web
 
+from ..adapter import AdapterError, load_adapter_config
 from ..profiles import (
     CATEGORIES,
     ConflictError,
@@ -35,7 +36,7 @@ from ..profiles import (
 from ..profiles.files import FORMAT, FORMAT_VERSION
 from ..profiles.schema import AGE_GROUPS, GENDERS, MAX_AGE, MENTAL_CONDITIONS, PHYSICAL_CONDITIONS, RELIGIONS
 from .accounts import UnknownAccountError
-from .folders import profile_store
+from .folders import ADAPTERS, find_file, missing_file, profile_store
 
 LARGEST_BODY = 64 * 1024  # bytes; a profile with the longest notes has a third of it
 HOSTS = "PSA_HOSTS"  # names under which this ComfyUI is reached, separated by commas
@@ -60,6 +61,7 @@ def register(server: Any) -> None:
         ("POST", "/psa/profiles/{id}/restore", _restore),
         ("POST", "/psa/preview", _preview),
         ("GET", "/psa/presets", _presets),
+        ("GET", "/psa/adapter", _adapter),
     ):
         server.routes.route(method, path)(_guarded(handler))
 
@@ -138,6 +140,18 @@ async def _presets(_request: web.Request) -> web.Response:
     )
 
 
+async def _adapter(request: web.Request) -> web.Response:
+    """What an adapter file says about itself, for the card on Apply PSA; the file is named as Load PSA Adapter does."""
+    name = request.query.get("name", "")
+    path = find_file(ADAPTERS, name)
+    if path is None:
+        raise AdapterError(missing_file("adapter", ADAPTERS, name))
+    config = await to_thread(load_adapter_config, path)
+    # Apply PSA refuses a model that has other layers.
+    layers = len(config.hidden_sizes) if set(config.kinds) & {"constant", "gated"} else 0
+    return _answer({"base": config.base_title, "kinds": config.kinds, "layers": layers, "encoder": config.encoder.name})
+
+
 def _described(stored: StoredProfile) -> dict[str, Any]:
     return {
         "id": stored.id,
@@ -199,7 +213,7 @@ def _guarded(handler: _Handler) -> _Handler:
             return _answer({"error": str(error)}, status=409)
         except StoreError as error:
             return _answer({"error": str(error)}, status=500)
-        except ProfileError as error:
+        except (ProfileError, AdapterError) as error:
             return _answer({"error": str(error)}, status=400)
 
     return guarded

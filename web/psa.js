@@ -32,7 +32,7 @@ app.registerExtension({
   /** @param {import('@comfyorg/comfyui-frontend-types').LGraphNode} node */
   nodeCreated(node) {
     if (node.comfyClass === 'PSAUserProfile') addProfileCard(node, store)
-    if (node.comfyClass === 'PSAApply') addApplyCard(node)
+    if (node.comfyClass === 'PSAApply') addApplyCard(node, store)
   },
 
   /** A workflow was opened. */

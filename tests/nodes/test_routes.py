@@ -94,6 +94,18 @@ def test_a_preview_says_what_follows_from_which_attribute_and_stores_nothing(
     assert store.entries() == ()
 
 
+def test_an_adapter_says_what_it_acts_on(server: ComfyUIServer) -> None:
+    text, constant = (
+        ask(server, "GET", f"/adapter?name=psa_miniature{kind}.safetensors").json() for kind in ("", "_constant")
+    )
+    assert text == {"base": "PSA Miniature", "kinds": ["text"], "layers": 0, "encoder": "attributes-1"}
+    assert constant == {"base": "PSA Miniature", "kinds": ["constant"], "layers": 17, "encoder": "attributes-1"}
+    for name in ("", "absent.safetensors", "../user/users.json", "%2e%2e%2fx.safetensors"):
+        answer = ask(server, "GET", f"/adapter?name={name}")
+        assert answer.status_code == 400
+        assert "There is no adapter" in answer.json()["error"]
+
+
 def test_presets_offer_the_levels_and_the_values_of_the_paper(server: ComfyUIServer) -> None:
     presets = ask(server, "GET", "/presets").json()
     assert [level["id"] for level in presets["levels"]] == [level.id for level in levels()]
@@ -112,6 +124,7 @@ EVERYTHING = (
     ("POST", "/profiles/{id}/restore", {}),
     ("POST", "/preview", {"profile": PROFILE}),
     ("GET", "/presets", None),
+    ("GET", "/adapter?name=psa_miniature.safetensors", None),
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from frontend import add_card, banned, open_tab, violations
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from comfyui_psa.profiles import Profile, ProfileStore
 from comfyui_psa.training.comfyui import PACK
@@ -63,18 +63,22 @@ def test_names_stay_out_of_nodes_and_new_nodes_begin_with_another_profile_if_som
         page.evaluate("() => app.extensionManager.setting.set('PSA.DefaultProfile', 'active')")
 
 
+def first_steps() -> dict[str, Any]:
+    content = (PACK / "example_workflows" / "psa_first_steps.json").read_text(encoding="utf-8")
+    workflow: dict[str, Any] = json.loads(content)
+    return workflow
+
+
 def open_with_reference(page: Page, reference: str) -> None:
-    """Open a workflow, as people do, with a User Safety Profile that refers to this profile."""
-    page.evaluate(
-        """async (reference) => {
-            app.graph.clear();
-            app.graph.add(LiteGraph.createNode('PSAUserProfile'));
-            const workflow = app.graph.serialize();
-            workflow.nodes[0].widgets_values = [reference];
-            await app.loadGraphData(workflow);
-        }""",
-        reference,
-    )
+    """Open first steps, as people do, under the profile with this reference."""
+    workflow = first_steps()
+    (node,) = (node for node in workflow["nodes"] if node["type"] == "PSASafetyLevel")
+    node |= {"type": "PSAUserProfile", "widgets_values": [reference]}
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+
+
+def profile_card(page: Page) -> Locator:
+    return page.locator(".psa-card").filter(has=page.get_by_role("combobox"))
 
 
 MISSING = "0123456789abcdef"
@@ -91,7 +95,7 @@ def test_a_workflow_that_names_a_missing_profile_asks_whose_boundaries_and_draws
     assert violations(page, ".psa-dialog") == []
     dialog.get_by_role("button", name="Decide later").click()
     expect(dialog).to_have_count(0)
-    card = page.locator(".psa-card")
+    card = profile_card(page)
     expect(card.get_by_role("alert")).to_contain_text("a profile that is not on this computer")
     expect(card.get_by_role("combobox").locator("option:checked")).to_have_text(
         "A profile that is not on this computer"
@@ -101,7 +105,7 @@ def test_a_workflow_that_names_a_missing_profile_asks_whose_boundaries_and_draws
         """() => app.graphToPrompt().then((prompt) => app.api.queuePrompt(0, prompt))
             .then(() => 'queued', (error) => JSON.stringify(error.response))"""
     )
-    assert "There is no profile" in refused
+    assert "psa profile list" in refused
 
     open_with_reference(page, f"{MISSING[:-1]}0")
     expect(dialog.get_by_role("combobox").locator("option:checked")).to_have_text("The active profile (Mine)")
@@ -128,45 +132,46 @@ def test_a_profile_that_is_here_is_not_asked_about(page: Page, store: ProfileSto
     stored = store.create(Profile(name="Mine"))
     for reference in (stored.id, "active", "L2"):
         open_with_reference(page, reference)
-        expect(page.locator(".psa-card").get_by_role("combobox")).to_have_value(reference)
+        expect(profile_card(page).get_by_role("combobox")).to_have_value(reference)
         expect(page.locator(".psa-dialog")).to_have_count(0)
 
 
 def test_apply_psa_shows_what_it_does(page: Page) -> None:
-    """The badge follows the node, and the facts are those of the last run."""
-    workflow = json.loads((PACK / "example_workflows" / "psa_first_steps.json").read_text(encoding="utf-8"))
-    page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", first_steps())
     card = page.get_by_role("group", name="What PSA does here")
-    badge = card.get_by_role("status")
-    expect(badge).to_have_text("Acts at strength 1")
-    expect(card).to_contain_text("After a run")
-    result = page.evaluate(
-        """() => new Promise((resolve) => {
-            const node = (type) => app.graph.nodes.find((node) => node.type === type);
-            const set = (type, name, value) => {
-                const widget = node(type).widgets.find((widget) => widget.name === name);
-                widget.value = value;
-                widget.callback?.(value);
-            };
-            set('EmptyLatentImage', 'batch_size', 1);
-            set('KSampler', 'steps', 1);
-            set('PSAApply', 'strength', 0.8);
-            app.api.addEventListener('execution_success', () => resolve('done'), {once: true});
-            app.api.addEventListener('execution_error', (event) => resolve(event.detail), {once: true});
-            app.queuePrompt(0, 1);
-        })"""
-    )
-    assert result == "done"
-    expect(badge).to_have_text("Acts at strength 0.8")
-    expect(card.locator("dd")).to_have_count(4)
-    facts = dict(zip(card.locator("dt").all_inner_texts(), card.locator("dd").all_inner_texts(), strict=True))
-    assert facts == {
+    expect(card.get_by_role("status")).to_have_text("Acts at strength 1")
+    assert facts(card) == {
         "Adapter": "psa_miniature.safetensors",
         "Base": "PSA Miniature",
         "Acts on": "the prompt",
         "Encoder": "attributes-1",
     }
     assert violations(page, ".psa-card") == []
+
+    set_widget(page, "PSAApply", "strength", 0.8)
+    expect(card.get_by_role("status")).to_have_text("Acts at strength 0.8")
+    set_widget(page, "PSALoadAdapter", "adapter_name", "psa_miniature_constant.safetensors")
+    expect(card).to_contain_text("psa_miniature_constant.safetensors")
+    assert facts(card)["Acts on"] == "17 cross-attention layers"
+    set_widget(page, "PSALoadAdapter", "adapter_name", "elsewhere.safetensors")
+    expect(card.get_by_role("alert")).to_contain_text('There is no adapter "elsewhere.safetensors" on this machine')
+    page.evaluate("() => void app.graph.remove(app.graph.nodes.find((node) => node.type === 'PSALoadAdapter'))")
+    expect(card).to_contain_text("Connect Load PSA Adapter")
+
+
+def facts(card: Locator) -> dict[str, str]:
+    expect(card.locator("dd")).to_have_count(4)
+    return dict(zip(card.locator("dt").all_inner_texts(), card.locator("dd").all_inner_texts(), strict=True))
+
+
+def set_widget(page: Page, node_type: str, name: str, value: object) -> None:
+    page.evaluate(
+        """([type, name, value]) => {
+            const node = app.graph.nodes.find((node) => node.type === type);
+            node.widgets.find((widget) => widget.name === name).value = value;
+        }""",
+        [node_type, name, value],
+    )
 
 
 def test_apply_psa_says_clearly_when_it_does_nothing(page: Page) -> None:
@@ -176,11 +181,9 @@ def test_apply_psa_says_clearly_when_it_does_nothing(page: Page) -> None:
             app.graph.add(node);
             app.canvas.centerOnNode(node);
             app.canvas.selectItems([node]);
-            const strength = node.widgets.find((widget) => widget.name === 'strength');
-            strength.value = 0;
-            strength.callback(0);
         }"""
     )
+    set_widget(page, "PSAApply", "strength", 0)
     badge = page.get_by_role("group", name="What PSA does here").get_by_role("status")
     expect(badge).to_have_text("Off: strength 0 is the base model")
     page.locator("#graph-canvas").press("Control+b")
@@ -192,7 +195,8 @@ def test_apply_psa_says_clearly_when_it_does_nothing(page: Page) -> None:
 
 
 def prompt(page: Page) -> dict[str, Any]:
-    """The inputs of the only node, as they are queued."""
-    (node,) = page.evaluate("async () => Object.values((await app.graphToPrompt()).output)")
+    """The inputs of the only User Safety Profile, as they are queued."""
+    queued = page.evaluate("async () => Object.values((await app.graphToPrompt()).output)")
+    (node,) = (node for node in queued if node["class_type"] == "PSAUserProfile")
     inputs: dict[str, Any] = node["inputs"]
     return inputs

@@ -1,8 +1,9 @@
 // @ts-check
-/** The card on Apply PSA: whether it acts at all, and what the last run applied. It knows nothing of the user. */
+/** The card on Apply PSA: whether it acts at all, and what the adapter acts on. It knows nothing of the user. */
 
 import { h } from './elements.js'
-import { after, everyFrame, isLinked, putCard, whileShown } from './nodes.js'
+import { follow, inputNode, isLinked, putCard, whileShown } from './nodes.js'
+import { problemOf } from './store.js'
 import { t } from './words.js'
 
 const HEIGHT = 150
@@ -10,61 +11,67 @@ const NEVER = 2 // LiteGraph's modes
 const BYPASS = 4
 
 /**
- * @typedef {{adapter: string, base: string, kinds: ('constant' | 'gated' | 'text')[], layers: number, encoder: string,
- *   strength: number}} Applied What the node says of a run, see nodes/apply.py.
+ * @param {import('@comfyorg/comfyui-frontend-types').LGraphNode} node
+ * @param {import('./store.js').ProfileStore} store
  */
-
-/** @param {import('@comfyorg/comfyui-frontend-types').LGraphNode} node */
-export function addApplyCard(node) {
-  /** @type {Applied | null} */
-  let applied = null
+export function addApplyCard(node, store) {
   const badge = h('p', { class: 'psa-badge', role: 'status' })
   const facts = h('div', { class: 'psa-card-body' })
   putCard(node, h('div', { class: 'psa-card', role: 'group', 'aria-label': t('what_applies') }, badge, facts), HEIGHT)
 
-  const widget = node.widgets?.find(({ name }) => name === 'strength')
-  /** @returns {number | undefined} What the next run takes; where another node says it, what the last one took. */
+  /** @returns {number | null} Null if another node says it. */
   function strength() {
-    return isLinked(node, 'strength') ? applied?.strength : Number(widget?.value)
+    return isLinked(node, 'strength') ? null : Number(node.widgets?.find(({ name }) => name === 'strength')?.value)
   }
 
-  function show() {
+  /** @returns {string | null} The file; null if it does not come from a Load PSA Adapter that can be seen from here. */
+  function adapterName() {
+    const loader = inputNode(node, 'adapter')
+    if (loader?.type !== 'PSALoadAdapter' || isLinked(loader, 'adapter_name')) return null
+    const name = loader.widgets?.find((widget) => widget.name === 'adapter_name')?.value
+    return typeof name === 'string' ? name : null
+  }
+
+  function showBadge() {
     const value = strength()
     const why = node.mode === BYPASS ? 'is_bypassed' : node.mode === NEVER ? 'is_muted' : value === 0 ? 'is_off' : null
     badge.classList.toggle('psa-off', why !== null)
     badge.replaceChildren(
       h('i', { class: `pi pi-${why ? 'exclamation-triangle' : 'shield'}`, 'aria-hidden': 'true' }),
-      h('span', {}, why ? t(why) : value === undefined ? t('acts') : t('acts_at', { strength: Number(value.toFixed(2)) }))
+      h('span', {}, why ? t(why) : value === null ? t('acts') : t('acts_at', { strength: Number(value.toFixed(2)) }))
     )
-    facts.replaceChildren(applied ? factsOf(applied) : h('p', { class: 'psa-quiet' }, t('not_run')))
   }
 
-  after(node, 'onExecuted', (/** @type {{psa?: Applied[]} | null} */ output) => {
-    if (!output?.psa?.length) return
-    applied = output.psa[0]
-    show()
-  })
+  let asked = 0
+  async function showFacts() {
+    const number = ++asked
+    const name = adapterName()
+    if (name === null) {
+      facts.replaceChildren(h('p', { class: 'psa-quiet' }, t('no_adapter')))
+      return
+    }
+    try {
+      const found = await store.adapter(name)
+      if (number === asked) facts.replaceChildren(factsOf(name, found))
+    } catch (error) {
+      if (number === asked) facts.replaceChildren(h('p', { class: 'psa-problem', role: 'alert' }, problemOf(error)))
+    }
+  }
 
-  let seen = ''
   // ComfyUI tells nobody that a node was bypassed.
-  whileShown(node, () => everyFrame(() => {
-    const now = `${node.mode} ${strength()}`
-    if (now === seen) return
-    seen = now
-    show()
-  }))
+  whileShown(node, () => {
+    const stops = [follow(() => `${node.mode} ${strength()}`, showBadge), follow(adapterName, showFacts)]
+    return () => stops.forEach((stop) => stop())
+  })
 }
 
-/** @param {Applied} applied */
-function factsOf({ adapter, base, kinds, layers, encoder }) {
-  const where = [
-    layers > 0 ? t('layers', { layers }) : null,
-    kinds.includes('text') ? t('the_prompt') : null
-  ].filter(Boolean)
+/** @param {string} name @param {import('./store.js').AdapterFacts} adapter */
+function factsOf(name, { base, kinds, layers, encoder }) {
+  const where = [layers > 0 ? t('layers', { layers }) : null, kinds.includes('text') ? t('the_prompt') : null]
   const rows = [
-    ['adapter', adapter],
+    ['adapter', name],
     ['base', base],
-    ['acts_on', where.join(', ') || t('none')],
+    ['acts_on', where.filter(Boolean).join(', ')],
     ['encoder', encoder]
   ]
   return h('dl', { class: 'psa-facts' },

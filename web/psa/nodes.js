@@ -43,12 +43,24 @@ export function whileShown(node, start) {
   })
 }
 
-/** Look with every frame that the browser draws. @param {() => void} look @returns {() => void} */
-export function everyFrame(look) {
-  let next = requestAnimationFrame(function frame() {
-    look()
+/**
+ * Call ``show`` now, and whenever ``look`` returns something else in a frame that the browser draws.
+ *
+ * @param {() => unknown} look @param {() => void} show @returns {() => void} What stops it.
+ */
+export function follow(look, show) {
+  /** @type {unknown} */
+  let seen
+  let next = 0
+  function frame() {
+    const now = look()
+    if (now !== seen) {
+      seen = now
+      show()
+    }
     next = requestAnimationFrame(frame)
-  })
+  }
+  frame()
   return () => cancelAnimationFrame(next)
 }
 
@@ -70,4 +82,11 @@ export function after(node, name, more) {
 export function isLinked(node, name) {
   const slot = node.findInputSlot(name)
   return slot >= 0 && node.isInputConnected(slot)
+}
+
+/** The node that gives an input, behind reroutes. @param {LGraphNode} node @param {string} name @returns {LGraphNode | null} */
+export function inputNode(node, name) {
+  let from = node.getInputNode(node.findInputSlot(name))
+  while (from?.type === 'Reroute') from = from.getInputNode(0)
+  return /** @type {LGraphNode | null} */ (from)
 }

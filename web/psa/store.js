@@ -15,6 +15,7 @@ import { t } from './words.js'
  *   physical_condition: string | null, mental_condition: string | null, overrides: Overrides, notes: string}} Profile
  * @typedef {{id: string, revision: string, profile: Profile, decisions: Decision[]}} Stored
  * @typedef {{id: string, label: string, profile: Profile, decisions: Decision[]}} Level
+ * @typedef {{base: string, kinds: ('constant' | 'gated' | 'text')[], layers: number, encoder: string}} AdapterFacts
  * @typedef {{file: {format: string, format_version: number}, categories: string[], genders: string[], religions: string[], physical_conditions: string[],
  *   mental_conditions: string[], max_age: number, levels: Level[]}} Presets
  */
@@ -71,6 +72,11 @@ export class ProfileStore extends EventTarget {
       }
     )
     return this._presets
+  }
+
+  /** What an adapter file says about itself. @param {string} name @returns {Promise<AdapterFacts>} */
+  adapter(name) {
+    return this._ask('GET', `/adapter?name=${encodeURIComponent(name)}`)
   }
 
   /** @param {string} id @returns {Promise<Stored>} */
