@@ -7,7 +7,7 @@ COMFYUI := .runtime/comfyui
 TYPES := .runtime/types
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test demo venv runtime frontend browser types lint format benchmark benchmark-training clean
+.PHONY: test demo venv runtime frontend browser types lint format screenshots benchmark benchmark-training clean
 
 # One thread for each process: more threads than cores make small models many times slower.
 test: venv frontend browser types
@@ -84,6 +84,10 @@ lint: $(VENV)/.ready types
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The pictures of the nodes' help pages.
+screenshots: venv frontend browser
+	PYTHONPATH=tests/helpers $(BIN)/python tests/helpers/screenshots.py
 
 benchmark: venv
 	PYTHONPATH=$(COMFYUI) $(BIN)/python benchmarks/sampling.py

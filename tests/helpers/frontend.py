@@ -9,8 +9,12 @@ from contextlib import contextmanager
 import requests
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, expect, sync_playwright
+from studio import COMFYUI
 
 expect.set_options(timeout=30_000)  # a machine that does something else besides
+
+# Options of ComfyUI for the newest frontend instead of its own (`make frontend`).
+NEWEST = ("--front-end-root", str(COMFYUI.parent / "frontend"))
 
 OPTIONS = (
     "--no-sandbox",

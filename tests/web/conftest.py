@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from frontend import open_page
+from frontend import NEWEST, open_page
 from playwright.sync_api import Page, expect
 from studio import COMFYUI, Studio, empty_store
 
 from comfyui_psa.profiles import ProfileStore
 from comfyui_psa.training.comfyui import ComfyUIServer, prepare_base
 
-# The frontend that ComfyUI 0.3.75 comes with, and the newest one (`make frontend`).
-FRONTENDS = {"1.32": (), "1.58": ("--front-end-root", str(COMFYUI.parent / "frontend"))}
+# The frontend that ComfyUI 0.3.75 comes with, and the newest one.
+FRONTENDS: dict[str, tuple[str, ...]] = {"1.32": (), "1.58": NEWEST}
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["canvas", "nodes2"])

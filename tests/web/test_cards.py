@@ -187,7 +187,7 @@ def test_apply_psa_says_clearly_when_it_does_nothing(page: Page) -> None:
     badge = page.get_by_role("group", name="What PSA does here").get_by_role("status")
     expect(badge).to_have_text("Off: strength 0 is the base model")
     page.locator("#graph-canvas").press("Control+b")
-    expect(badge).to_have_text("Bypassed: nobody's boundaries are followed")
+    expect(badge).to_have_text("Bypassed: no boundaries apply")
     page.locator("#graph-canvas").press("Control+b")
     expect(badge).to_have_text("Off: strength 0 is the base model")
     page.locator("#graph-canvas").press("Control+m")

@@ -6,7 +6,7 @@ import { follow, inputNode, isLinked, putCard, whileShown } from './nodes.js'
 import { problemOf } from './store.js'
 import { t } from './words.js'
 
-const HEIGHT = 150
+const HEIGHT = 160
 const NEVER = 2 // LiteGraph's modes
 const BYPASS = 4
 

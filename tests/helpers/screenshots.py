@@ -1,0 +1,72 @@
+"""Draws the pictures of the nodes' help pages: each node as Nodes 2.0 shows it, in the graph of an example."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import PIL.Image
+from frontend import NEWEST, open_page
+from playwright.sync_api import Page, expect
+from studio import COMFYUI
+
+from comfyui_psa.profiles import Profile, ProfileStore, profiles_folder
+from comfyui_psa.training.comfyui import PACK, ComfyUIServer, prepare_base
+
+EXAMPLE = PACK / "example_workflows" / "psa_explain.json"
+MARGIN = 16  # pixels around a node
+MORE = ("PSAUserProfile", "PSALoadEmbedding", "PSAExplain")  # nodes that the example has not
+
+
+def main() -> None:
+    """Write ``web/docs/<NodeId>.webp`` for every node of the pack."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = prepare_base(Path(folder))
+        store = ProfileStore(profiles_folder(base / "user"))
+        store.activate(store.create(Profile(name="Evening", age=12, overrides={"Violence": "allow"})).id)
+        (base / "models" / "psa_embeddings" / "mine.safetensors").touch()
+        with ComfyUIServer(COMFYUI, base, *NEWEST) as server, open_page(server.url, nodes2=True) as page:
+            draw(page)
+
+
+def draw(page: Page) -> None:
+    workflow = json.loads(EXAMPLE.read_text(encoding="utf-8"))
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+    nodes: dict[str, str] = page.evaluate(
+        """(more) => {
+            for (const [place, type] of more.entries()) {
+                const node = LiteGraph.createNode(type);
+                node.pos = [-500, 500 * place];
+                app.graph.add(node);
+            }
+            const ours = app.graph.nodes.filter((node) => node.type.startsWith('PSA'));
+            return Object.fromEntries(ours.reverse().map((node) => [node.type, String(node.id)]));
+        }""",
+        MORE,
+    )
+    for node_type, node_id in nodes.items():
+        page.evaluate(
+            """(id) => {
+                const node = app.graph.nodes.find((node) => String(node.id) === id);
+                app.canvas.deselectAll();
+                app.canvas.ds.scale = 1.5;
+                app.canvas.ds.offset = [200 - node.pos[0], 120 - node.pos[1]];
+                app.canvas.setDirty(true, true);
+            }""",
+            node_id,
+        )
+        element = page.locator(f'[data-node-id="{node_id}"]')
+        expect(element).to_be_visible()
+        page.wait_for_load_state("networkidle")
+        box = element.bounding_box()
+        assert box is not None
+        clip = {"x": box["x"] - MARGIN, "y": box["y"] - MARGIN}
+        clip |= {"width": box["width"] + 2 * MARGIN, "height": box["height"] + 2 * MARGIN}
+        picture = PIL.Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
+        picture.save(PACK / "web" / "docs" / f"{node_type}.webp", quality=85)
+
+
+if __name__ == "__main__":
+    main()
