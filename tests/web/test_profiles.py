@@ -12,6 +12,7 @@ import pytest
 import requests
 from axe_playwright_python.sync_playwright import Axe
 from frontend import open_page
+from languages import LANGUAGES, read_words
 from playwright.sync_api import Locator, Page, expect
 from studio import COMFYUI, empty_store
 
@@ -20,7 +21,6 @@ from comfyui_psa.training.comfyui import PACK, ComfyUIServer, prepare_base
 
 MARKER = "Zorblaxism"
 expect.set_options(timeout=30_000)  # a machine that does something else besides
-LANGUAGES = ("de", "en", "es", "fr", "ja", "zh")
 
 
 @pytest.fixture(scope="module")
@@ -360,18 +360,8 @@ def test_the_language_is_comfyuis(browser: Page, server: ComfyUIServer, store: P
 
 
 def words(language: str) -> dict[str, str]:
-    folder = PACK / "locales" / language
-    content = json.loads((folder / "main.json").read_text(encoding="utf-8"))["psa"]
-    content["settings"] = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-
-    def flat(place: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-        for name, value in place.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", value
-
-    return dict(flat(content))
+    main = {key.removeprefix("psa."): text for key, text in read_words(language, "main").items()}
+    return {**main, **read_words(language, "settings")}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
