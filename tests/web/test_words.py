@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
+from languages import LANGUAGES, read_words
 
 from comfyui_psa.training.comfyui import PACK
 
-LANGUAGES = ("de", "en", "es", "fr", "ja", "zh")
-
 
 def words(language: str) -> dict[str, str]:
-    folder = PACK / "locales" / language
-    content = json.loads((folder / "main.json").read_text(encoding="utf-8"))["psa"]
-    content["settings"] = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-
-    def flat(place: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-        for name, value in place.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", value
-
-    return dict(flat(content))
+    main = {key.removeprefix("psa."): text for key, text in read_words(language, "main").items()}
+    return {**main, **read_words(language, "settings")}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
