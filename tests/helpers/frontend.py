@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import requests
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from studio import COMFYUI
 
 expect.set_options(timeout=30_000)  # a machine that does something else besides
@@ -27,21 +27,30 @@ OPTIONS = (
 
 
 @contextmanager
-def open_page(url: str, nodes2: bool, **settings: object) -> Iterator[Page]:
-    """Open ComfyUI at ``url``, with the classic canvas or with Nodes 2.0."""
-    given = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": nodes2, **settings}
-    requests.post(f"{url}/settings", json=given, timeout=30).raise_for_status()
+def open_chromium() -> Iterator[Browser]:
+    """Start the Chromium of this machine."""
     system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=system, args=list(OPTIONS))
-        page = browser.new_page(viewport={"width": 1600, "height": 900})
-        page.goto(url)
-        page.wait_for_function(
-            "() => !!(window.app?.extensionManager && window.LiteGraph?.registered_node_types?.PSAApply)",
-            timeout=120_000,
-        )
-        yield page
+        yield browser
         browser.close()
+
+
+def open_page(chromium: Browser, url: str, nodes2: bool) -> Page:
+    """Open ComfyUI at ``url``, with the classic canvas or with Nodes 2.0, as somebody who was never there."""
+    page = chromium.new_page(viewport={"width": 1600, "height": 900})
+    load_page(page, url, nodes2)
+    return page
+
+
+def load_page(page: Page, url: str, nodes2: bool) -> None:
+    """Load ComfyUI into a page, and wait until it is there."""
+    settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": nodes2}
+    requests.post(f"{url}/settings", json=settings, timeout=30).raise_for_status()
+    page.goto(url)
+    page.wait_for_function(
+        "() => !!(window.app?.extensionManager && window.LiteGraph?.registered_node_types?.PSAApply)", timeout=120_000
+    )
 
 
 def open_tab(page: Page) -> Locator:

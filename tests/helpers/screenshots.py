@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import PIL.Image
-from frontend import NEWEST, open_page
+from frontend import NEWEST, open_chromium, open_page
 from playwright.sync_api import Page, expect
 from studio import COMFYUI
 
@@ -27,8 +27,8 @@ def main() -> None:
         store = ProfileStore(profiles_folder(base / "user"))
         store.activate(store.create(Profile(name="Evening", age=12, overrides={"Violence": "allow"})).id)
         (base / "models" / "psa_embeddings" / "mine.safetensors").touch()
-        with ComfyUIServer(COMFYUI, base, *NEWEST) as server, open_page(server.url, nodes2=True) as page:
-            draw(page)
+        with ComfyUIServer(COMFYUI, base, *NEWEST) as server, open_chromium() as chromium:
+            draw(open_page(chromium, server.url, nodes2=True))
 
 
 def draw(page: Page) -> None:

@@ -1,12 +1,14 @@
-"""Pages of ComfyUI, opened once for all tests of a file."""
+"""Pages of ComfyUI, opened once for all tests."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache, partial
 
 import pytest
-from frontend import NEWEST, open_page
-from playwright.sync_api import Page, expect
+from frontend import NEWEST, open_chromium, open_page
+from playwright.sync_api import Browser, Page, expect
 from studio import COMFYUI, Studio, empty_store
 
 from comfyui_psa.profiles import ProfileStore
@@ -14,28 +16,50 @@ from comfyui_psa.training.comfyui import ComfyUIServer, prepare_base
 
 # The frontend that ComfyUI 0.3.75 comes with, and the newest one.
 FRONTENDS: dict[str, tuple[str, ...]] = {"1.32": (), "1.58": NEWEST}
+RENDERERS = ("canvas", "nodes2")
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["canvas", "nodes2"])
-def page(request: pytest.FixtureRequest, studio: Studio) -> Iterator[Page]:
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    with open_chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="session")
+def pages(chromium: Browser) -> Callable[[str, bool], Page]:
+    """The page of a ComfyUI at a URL, in one of its renderers; each is opened once."""
+    return cache(partial(open_page, chromium))
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], ComfyUIServer]]:
+    """A ComfyUI with this pack and nothing else, for each frontend; each is started once."""
+    with ExitStack() as stack:
+
+        @cache
+        def start(frontend: str) -> ComfyUIServer:
+            base = prepare_base(tmp_path_factory.mktemp("profiles"))
+            return stack.enter_context(ComfyUIServer(COMFYUI, base, *FRONTENDS[frontend]))
+
+        yield start
+
+
+@pytest.fixture(params=RENDERERS)
+def page(request: pytest.FixtureRequest, studio: Studio, pages: Callable[[str, bool], Page]) -> Page:
     """The studio's ComfyUI, in both renderers."""
-    with open_page(studio.server.url, request.param) as page:
-        yield page
+    return pages(studio.server.url, request.param == "nodes2")
 
 
-@pytest.fixture(scope="module", params=list(FRONTENDS))
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUIServer]:
-    """A ComfyUI with this pack and nothing else, with an old and a new frontend."""
-    base = prepare_base(tmp_path_factory.mktemp("profiles"))
-    with ComfyUIServer(COMFYUI, base, *FRONTENDS[request.param]) as running:
-        yield running
+@pytest.fixture(params=FRONTENDS)
+def server(request: pytest.FixtureRequest, servers: Callable[[str], ComfyUIServer]) -> ComfyUIServer:
+    """A ComfyUI with an old and with a new frontend."""
+    return servers(request.param)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["canvas", "nodes2"])
-def browser(request: pytest.FixtureRequest, server: ComfyUIServer) -> Iterator[Page]:
+@pytest.fixture(params=RENDERERS)
+def browser(request: pytest.FixtureRequest, server: ComfyUIServer, pages: Callable[[str, bool], Page]) -> Page:
     """Its page, in both renderers."""
-    with open_page(server.url, request.param) as page:
-        yield page
+    return pages(server.url, request.param == "nodes2")
 
 
 @pytest.fixture

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 
 import pytest
 from languages import LANGUAGES, read_words
-
-from comfyui_psa.nodes import PSAExtension
+from schemas import SCHEMAS
 
 TRANSLATIONS = tuple(language for language in LANGUAGES if language != "en")
 TAB = "psa.tab"
@@ -18,8 +16,7 @@ TAB = "psa.tab"
 def english() -> dict[str, str]:
     """The schemas' words, by the keys under which the frontend looks for others."""
     words = {}
-    for node in asyncio.run(PSAExtension().get_node_list()):
-        schema = node.GET_SCHEMA()
+    for schema in SCHEMAS.values():
         words[f"{schema.node_id}.display_name"] = schema.display_name
         words[f"{schema.node_id}.description"] = schema.description
         for given in schema.inputs:

@@ -12,7 +12,7 @@ from typing import Any
 import PIL.Image
 import pytest
 import requests
-from frontend import add_card, open_tab
+from frontend import add_card, load_page, open_tab
 from playwright.sync_api import Page, Request, WebSocket, expect
 from prompts import MARKERS
 
@@ -110,8 +110,8 @@ def test_what_people_share_holds_the_reference_alone(
     store.activate(store.create(Profile(age=12, **MARKERS)).id)
     shared: dict[str, bytes] = {}
     with everything_sent(page) as sent:
-        page.reload()  # so that its socket is listened to
-        page.wait_for_function("() => !!window.LiteGraph?.registered_node_types?.PSAApply")
+        nodes2 = page.evaluate("() => app.extensionManager.setting.get('Comfy.VueNodes.Enabled')")
+        load_page(page, server.url, nodes2)  # so that its socket is listened to
         tab = open_tab(page)
         tab.get_by_role("button", name=f"Edit {MARKERS['name']}").click()
         graph_that_saves_everything(page)

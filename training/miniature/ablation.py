@@ -83,10 +83,10 @@ def run_ablation(
     Raises:
         TrainingError, DataError, EncoderError: see ``train`` and ``evaluate``.
     """
-    trained = {
-        name: [_train(name, variant, seed, plan, base, work, console, progress) for seed in plan.seeds]
-        for name, variant in plan.variants.items()
-    }
+    trained: dict[str, list[Path]] = {name: [] for name in plan.variants}
+    for seed in plan.seeds:  # one of each variant first, so that an interrupted ablation can be compared already
+        for name, variant in plan.variants.items():
+            trained[name].append(_train(name, variant, seed, plan, base, work, console, progress))
     progress.start()  # trainings have bars of their own
     counted = work / "counted"
     asked = Asked(plan.per_cell, seen=False, likeness=plan.likeness)
