@@ -83,7 +83,8 @@ def test_nodes_speak_comfyuis_language(page: Page, studio: Studio) -> None:
                     display_name: node.title,
                     description: node.constructor.nodeData.description,
                     slots: node.inputs.map((slot) => [slot.name, slot.localized_name]),
-                    widgets: node.widgets.filter((widget) => widget.type !== 'psa-card').map((widget) => [widget.name, widget.label]),
+                    widgets: node.widgets.filter((widget) => widget.type !== 'psa-card')
+                        .map((widget) => [widget.name, widget.label]),
                 };
             }"""
         )

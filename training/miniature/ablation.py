@@ -156,8 +156,8 @@ def _curves(
         for step, path in paths.items()
     ]
     detector = base / DETECTOR
-    with studios(base, detector, language_models) as pool:
-        seen = draw_all(pool, methods, cases, progress, Kept(work, base, detector))
+    with studios(base, detector, language_models) as crew:
+        seen = draw_all(crew, methods, cases, progress, Kept(work, base, detector))
 
     def row(step: int, outcomes: Sequence[Outcome]) -> dict[str, float]:
         found = {"step": float(step)}

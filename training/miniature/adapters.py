@@ -125,9 +125,9 @@ def evaluate(
     runs = [run for together in methods.values() for run in together]
     cases = [case for case in draw_cases(asked.per_cell, PEOPLE, SEED) if case.unseen or asked.seen]
     free = [case for case in draw_cases(asked.likeness, PEOPLE, SEED) if case.unseen and not case.banned]
-    with studios(base, base / DETECTOR, language_models) as pool:
-        drawn = draw_all(pool, runs, cases, progress, Kept(work, base, base / DETECTOR))
-        compared = compare_all(pool, runs, free, progress) if free else {}
+    with studios(base, base / DETECTOR, language_models) as crew:
+        drawn = draw_all(crew, runs, cases, progress, Kept(work, base, base / DETECTOR))
+        compared = compare_all(crew, runs, free, progress) if free else {}
     outcomes = {name: [drawn[run.name] for run in together] for name, together in methods.items()}
     shares = {name: tabulate(found) for name, found in outcomes.items()}
     above = {name: differences(found, drawn[BASE.name]) for name, found in outcomes.items() if name != BASE.name}

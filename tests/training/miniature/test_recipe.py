@@ -172,7 +172,7 @@ def test_an_adapter_is_trained_on_drawn_pairs_and_measured(
     kept = {file.name for file in (work / "counted").iterdir()}
     looked = psa(
         "evaluate", f"PSA={ours}", "--base", base, "--per-cell", 2, "--no-seen", "--strength", 0, "--strength", 1,
-        "--likeness", 2, "--output", tmp_path / "strengths.json",
+        "--likeness", 1, "--output", tmp_path / "strengths.json",
     )  # fmt: skip
     assert len({file.name for file in (work / "counted").iterdir()} - kept) == 1  # strength 1 is there already
     found = json.loads((tmp_path / "strengths.json").read_text(encoding="utf-8"))
@@ -195,7 +195,7 @@ def test_an_ablation_trains_what_is_not_there_and_compares_it(
     monkeypatch.setattr(ablation, "PEOPLE", 40)
     monkeypatch.setattr(evaluation, "ProcessPoolExecutor", one_thread)
     short = [change for change in SHORT if not change.startswith(("run.steps", "validation.grid"))]
-    plan = {"steps": 4, "seeds": [1, 2], "per_cell": 2, "likeness": 2, "curve": 1, "checkpoints": 2}
+    plan = {"steps": 4, "seeds": [1, 2], "per_cell": 1, "likeness": 1, "curve": 1, "checkpoints": 2}
     variants = {"text, plain": [], "the paper's": ['adapter.kinds=["constant"]', "loss.winner_anchor=0"]}
     lines = [f"{name} = {value}" for name, value in plan.items()]
     for name, changes in variants.items():
