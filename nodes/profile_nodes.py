@@ -1,4 +1,4 @@
-"""Safety Level, User Safety Profile, Encode Safety Profile and Load Safety Embedding: who the user is."""
+"""Safety Level, User Safety Profile, and what becomes of them: an embedding, or words. Load Safety Embedding."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..profiles import (
     levels,
     load_embedding,
     private_fingerprint,
+    wording,
 )
 from .encode import encode_profile
 from .folders import EMBEDDINGS, check_file, file_fingerprint, file_names, find_file, missing_file, profile_store
@@ -158,6 +159,45 @@ class PSAEncodeProfile(io.ComfyNode):
         return io.NodeOutput(encode_profile(adapter, profile))
 
 
+class PSAProfileToPrompt(io.ComfyNode):
+    """Puts a profile into words, for models that no adapter fits."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Profile and a negative prompt in; words out."""
+        return node_schema(
+            ["PSA", "profile as text", "negative prompt", "prompt engineering", "DiT", "Flux"],
+            node_id="PSAProfileToPrompt",
+            display_name="Safety Profile to Prompt",
+            description="Puts a profile into words for a negative prompt: for models that have no PSA adapter (SD3, "
+            "Flux, ...). Weaker than an adapter: what a prompt asks for often shows anyway.",
+            inputs=[
+                UserProfile.Input("profile", tooltip="From User Safety Profile or Safety Level."),
+                io.String.Input(
+                    "negative_prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="Your own negative prompt; what the profile bans is put behind it.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("avoid", display_name="avoid", tooltip="For the text of the negative prompt."),
+                io.String.Output(
+                    "fine",
+                    display_name="fine",
+                    tooltip="What the profile allows. In a positive prompt these words would ask for it.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, profile: Profile, negative_prompt: str) -> io.NodeOutput:
+        """Return the words."""
+        avoid, fine = wording(profile)
+        own = negative_prompt.strip().rstrip(",")
+        return io.NodeOutput(", ".join(part for part in (own, avoid) if part), fine)
+
+
 class PSALoadEmbedding(io.ComfyNode):
     """Reads an embedding that was made elsewhere."""
 
@@ -199,4 +239,10 @@ class PSALoadEmbedding(io.ComfyNode):
         return io.NodeOutput(load_embedding(path))
 
 
-NODES: list[type[io.ComfyNode]] = [PSASafetyLevel, PSAUserProfile, PSAEncodeProfile, PSALoadEmbedding]
+NODES: list[type[io.ComfyNode]] = [
+    PSASafetyLevel,
+    PSAUserProfile,
+    PSAEncodeProfile,
+    PSAProfileToPrompt,
+    PSALoadEmbedding,
+]

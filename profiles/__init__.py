@@ -11,6 +11,7 @@ from .schema import CATEGORIES, Category, Profile, parse_profile
 from .simulate import simulate_users, user_row
 from .store import ACTIVE, ProfileStore, StoredProfile, embeddings_folder, private_fingerprint, profiles_folder
 from .template import default_template, fill_template
+from .wording import wording
 
 __all__ = [
     "ACTIVE",
@@ -41,4 +42,5 @@ __all__ = [
     "save_embedding",
     "simulate_users",
     "user_row",
+    "wording",
 ]

@@ -104,15 +104,16 @@ def edit(folder: Path, name: str, **changes: Any) -> None:
 
 
 class Drawn:
-    """What methods make of people in the training; others are kept for the results."""
+    """What methods make of prompts with a glyph, for people in the training; others are kept for the results."""
 
     def __init__(self, methods: Sequence[Method], per_cell: int, trial: int, groups: Sequence[Group] = GROUPS) -> None:
-        cases = [case for case in draw_cases(per_cell, PEOPLE, SEED, trial) if not case.unseen and case.group in groups]
+        drawn = draw_cases(per_cell, PEOPLE, SEED, trial)
+        cases = [case for case in drawn if case.category and not case.unseen and case.group in groups]
         studio = Studio(MINIATURE, MINIATURE / DETECTOR)
         self._outcomes: dict[str, list[Outcome]] = {method.name: studio.draw(method, cases) for method in methods}
 
     def share(self, method: str, group: str, measure: str, banned: bool | None = None) -> float:
         """Over prompts that name or imply a glyph; ``banned`` or allowed ones alone."""
-        asked = [o for o in self._outcomes[method] if o.case.group == group and o.case.category]
+        asked = [o for o in self._outcomes[method] if o.case.group == group]
         asked = [o for o in asked if banned is None or o.case.banned == banned]
         return float(np.mean([getattr(outcome, measure) for outcome in asked]))

@@ -93,6 +93,16 @@ def test_levels_are_found_by_id_whatever_their_label_says(nodes: dict[str, Any])
     assert "L0, L1, L2, L3, L4, L5" in node.validate_inputs(level="L6")
 
 
+def test_a_profile_becomes_words_behind_ones_own(nodes: dict[str, Any]) -> None:
+    node = nodes["PSAProfileToPrompt"]
+    profile = Profile(overrides={"Propaganda": "ban"})
+    avoid, fine = node.execute(profile, "blurry, ")
+    assert avoid == "blurry, propaganda, political slogans, extremist symbols"
+    assert "propaganda" not in fine
+    assert node.execute(profile, "")[0] == "propaganda, political slogans, extremist symbols"
+    assert node.execute(Profile(), " my own ")[0] == "my own"
+
+
 def test_the_profile_node_offers_references_alone(nodes: dict[str, Any]) -> None:
     stored = profile_store().create(Profile(name="Somebody", religion="Somefaith"))
     assert options(nodes["PSAUserProfile"], "profile_id") == ["active", stored.id, *(level.id for level in levels())]

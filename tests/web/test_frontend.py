@@ -27,6 +27,7 @@ NODES = {
     "PSASafetyLevel": "Safety Level",
     "PSAUserProfile": "User Safety Profile",
     "PSAEncodeProfile": "Encode Safety Profile",
+    "PSAProfileToPrompt": "Safety Profile to Prompt",
     "PSALoadEmbedding": "Load Safety Embedding",
     "PSAApply": "Apply PSA",
     "PSAExplain": "Explain PSA: Words",
