@@ -58,8 +58,7 @@ def draw(page: Page) -> None:
             node_id,
         )
         element = page.locator(f'[data-node-id="{node_id}"]')
-        expect(element).to_be_visible()
-        page.wait_for_load_state("networkidle")
+        expect(element).to_be_in_viewport(ratio=1)
         box = element.bounding_box()
         assert box is not None
         clip = {"x": box["x"] - MARGIN, "y": box["y"] - MARGIN}

@@ -28,5 +28,5 @@ def test_no_word_stands_for_two_categories() -> None:
 
 def test_nothing_of_a_profile_but_its_bans_is_in_the_words() -> None:
     told = Profile(name="Qanzibel", age=12, gender="vorpel", religion="Islam", mental_condition="war", notes="plinder")
-    same = Profile(overrides={category: "ban" for category in banned_categories(told)})
+    same = Profile(overrides=dict.fromkeys(banned_categories(told), "ban"))
     assert wording(told) == wording(same)
