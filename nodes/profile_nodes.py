@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..adapter import PSAAdapter
 from ..profiles import (
     ACTIVE,
+    Audience,
     EncoderError,
     Profile,
     ProfileError,
@@ -134,6 +135,38 @@ def _profile_ids() -> list[str]:
         return []
 
 
+class PSAStrictestProfile(io.ComfyNode):
+    """Several people in front of one screen."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Two to four profiles in; one out."""
+        return node_schema(
+            ["PSA", "audience", "union", "combine profiles", "strictest"],
+            node_id="PSAStrictestProfile",
+            display_name="Strictest Safety Profile",
+            description="For several people who look at the same pictures: what one of them bans is banned. For more "
+            "than four, put one behind the other.",
+            inputs=[
+                UserProfile.Input(
+                    f"profile_{number}",
+                    optional=number > 2,
+                    tooltip="From User Safety Profile, Safety Level or another Strictest Safety Profile.",
+                )
+                for number in range(1, 5)
+            ],
+            outputs=[UserProfile.Output("profile", display_name="profile", tooltip="For Encode Safety Profile.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, profile_1: Profile, profile_2: Profile, profile_3: Profile | None = None, profile_4: Profile | None = None
+    ) -> io.NodeOutput:
+        """Return their audience."""
+        people = (profile_1, profile_2, profile_3, profile_4)
+        return io.NodeOutput(Audience.of(*(person for person in people if person is not None)))
+
+
 class PSAEncodeProfile(io.ComfyNode):
     """Turns a profile into the embedding that an adapter understands."""
 
@@ -242,6 +275,7 @@ class PSALoadEmbedding(io.ComfyNode):
 NODES: list[type[io.ComfyNode]] = [
     PSASafetyLevel,
     PSAUserProfile,
+    PSAStrictestProfile,
     PSAEncodeProfile,
     PSAProfileToPrompt,
     PSALoadEmbedding,

@@ -7,7 +7,7 @@ from .embedding import SafetyEmbedding, load_embedding, save_embedding
 from .errors import ConflictError, EncoderError, ProfileError, StoreError, UnknownProfileError
 from .levels import Level, find_level, levels
 from .policy import Decision, banned_categories, decide
-from .schema import CATEGORIES, Category, Profile, parse_profile
+from .schema import CATEGORIES, Audience, Category, Profile, parse_profile
 from .simulate import simulate_users, user_row
 from .store import ACTIVE, ProfileStore, StoredProfile, embeddings_folder, private_fingerprint, profiles_folder
 from .template import default_template, fill_template
@@ -16,6 +16,7 @@ from .wording import wording
 __all__ = [
     "ACTIVE",
     "CATEGORIES",
+    "Audience",
     "Category",
     "ConflictError",
     "Decision",

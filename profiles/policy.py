@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .schema import CATEGORIES, Category, Profile
+from .schema import CATEGORIES, Audience, Category, Profile
 
 ADULT_AGE = 18
 RESTRICTIVE_RELIGIONS = ("christianity", "islam", "buddhism")
@@ -61,7 +61,13 @@ RULES: tuple[Rule, ...] = (
 
 
 def decide(profile: Profile) -> dict[Category, Decision]:
-    """Return the decision for each of the seven categories."""
+    """Return the decision for each of the seven categories.
+
+    For an audience: banned if a member bans it, for all the reasons of those who do.
+    """
+    if isinstance(profile, Audience):
+        decisions = [decide(member) for member in profile.members]
+        return {category: _strictest([decision[category] for decision in decisions]) for category in CATEGORIES}
     return {category: _decide(profile, category) for category in CATEGORIES}
 
 
@@ -71,6 +77,12 @@ def _decide(profile: Profile, category: Category) -> Decision:
         return Decision(override == "ban", ("your own choice",))
     reasons = tuple(rule.reason for rule in RULES if category in rule.categories and rule.applies(profile))
     return Decision(bool(reasons), reasons)
+
+
+def _strictest(decisions: list[Decision]) -> Decision:
+    deciding = [decision for decision in decisions if decision.banned] or decisions
+    reasons = dict.fromkeys(reason for decision in deciding for reason in decision.reasons)
+    return Decision(deciding[0].banned, tuple(reasons))
 
 
 def category_lists(profile: Profile) -> tuple[list[Category], list[Category]]:

@@ -87,6 +87,27 @@ class Profile(BaseModel):
         return []
 
 
+class Audience(Profile):
+    """Several people who look at the same pictures: what one of them bans is banned (``policy.decide``).
+
+    An attribute that not all of them share is unsaid.
+    """
+
+    members: tuple[Profile, ...]
+
+    @classmethod
+    def of(cls, *profiles: Profile) -> Audience:
+        """Return the audience of these people; audiences among them are taken apart."""
+        members = [
+            member
+            for profile in profiles
+            for member in (profile.members if isinstance(profile, Audience) else (profile,))
+        ]
+        attributes = ("age", "gender", "religion", "physical_condition", "mental_condition")
+        shared = {name: values.pop() for name in attributes if len(values := {getattr(m, name) for m in members}) == 1}
+        return cls(members=tuple(members), **shared)
+
+
 def parse_profile(data: Any, source: str) -> Profile:
     """Validate a profile read from ``source`` (a name for messages).
 

@@ -17,7 +17,13 @@ from comfyui_psa.training.comfyui import PACK, ComfyUIServer, prepare_base
 
 EXAMPLE = PACK / "example_workflows" / "psa_explain.json"
 MARGIN = 16  # pixels around a node
-MORE = ("PSAUserProfile", "PSALoadEmbedding", "PSAExplain", "PSAProfileToPrompt")  # nodes that the example has not
+MORE = (
+    "PSAUserProfile",
+    "PSALoadEmbedding",
+    "PSAExplain",
+    "PSAProfileToPrompt",
+    "PSAStrictestProfile",
+)  # nodes that the example has not
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ NODES = {
     "PSALoadMiniature": "Load PSA Miniature",
     "PSASafetyLevel": "Safety Level",
     "PSAUserProfile": "User Safety Profile",
+    "PSAStrictestProfile": "Strictest Safety Profile",
     "PSAEncodeProfile": "Encode Safety Profile",
     "PSAProfileToPrompt": "Safety Profile to Prompt",
     "PSALoadEmbedding": "Load Safety Embedding",
