@@ -1,8 +1,9 @@
-"""Whose request it is, where ComfyUI has accounts (``--multi-user``): each has a private store of its own.
+"""Whose prompt it is: of this ComfyUI's own page or not, and of which account (``--multi-user``).
 
-Nodes cannot know who queued the prompt that they are part of. So every request's account is noted while it is answered,
-and with every prompt that it queues. Whoever reaches the server can claim to be any account: ComfyUI asks for no
-password. What is here keeps accounts apart; it does not defend them from each other (docs/privacy.md).
+Each account has a private store of its own. Nodes cannot know who queued the prompt that they are part of. So every
+request's account is noted while it is answered, and with every prompt that it queues. Whoever reaches the server can
+claim to be any account: ComfyUI asks for no password. What is here keeps accounts apart; it does not defend them from
+each other (docs/privacy.md).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from comfy.cli_args import args
 from comfy_execution.utils import get_executing_context
 
 from ..profiles import ProfileError
+from .pages import foreign
 
 
 class UnknownAccountError(ProfileError):
@@ -29,7 +31,10 @@ _REMEMBERED = 10_000  # prompts; one that is forgotten fails
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+REFUSED = "refused: "  # in place of a reference, with the reason behind it
+
 _asking: ContextVar[str | None] = ContextVar("psa_account", default=None)
+_refused: ContextVar[str | None] = ContextVar("psa_refused", default=None)
 _owners: OrderedDict[str, str | None] = OrderedDict()
 _lock = threading.Lock()
 
@@ -37,6 +42,18 @@ _lock = threading.Lock()
 def register(server: Any) -> None:
     """Begin to note accounts; ``server`` is ComfyUI's PromptServer, before it starts."""
     server.add_on_prompt_handler(_drop_fingerprints)
+
+    @web.middleware
+    async def note_page(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        # Programs name no origin, and reach a server by whatever name; pages name theirs with every prompt.
+        token = _refused.set(foreign(request) if "Origin" in request.headers else None)
+        try:
+            return await handler(request)
+        finally:
+            _refused.reset(token)
+
+    server.app.middlewares.append(note_page)
+    server.add_on_prompt_handler(_refuse_other_pages)
     if not args.multi_user:
         return
 
@@ -75,6 +92,23 @@ def current_account() -> str | None:
     return account
 
 
+def _refuse_other_pages(body: dict[str, Any]) -> dict[str, Any]:
+    """Let no other page's prompt read a profile: its pictures and its history would tell of it.
+
+    A handler cannot refuse a prompt, but the node can (``profile_nodes.py``).
+    """
+    problem = _refused.get()
+    for node in _nodes(body) if problem else ():
+        if node.get("class_type") == "PSAUserProfile":
+            node["inputs"] = {"profile_id": f"{REFUSED}{problem}"}
+    return body
+
+
+def _nodes(body: dict[str, Any]) -> list[dict[str, Any]]:
+    prompt = body.get("prompt")
+    return [node for node in prompt.values() if isinstance(node, dict)] if isinstance(prompt, dict) else []
+
+
 def _note_prompt(body: dict[str, Any]) -> dict[str, Any]:
     prompt_id = str(uuid.uuid4())  # never one that is sent along: somebody else's prompt may wait under it
     with _lock:
@@ -89,8 +123,7 @@ def _drop_fingerprints(body: dict[str, Any]) -> dict[str, Any]:
 
     With them, it would hand on what it has kept of a run under other boundaries.
     """
-    prompt = body.get("prompt")
-    for node in prompt.values() if isinstance(prompt, dict) else ():
-        if isinstance(node, dict) and str(node.get("class_type")).startswith("PSA"):
+    for node in _nodes(body):
+        if str(node.get("class_type")).startswith("PSA"):
             node.pop("is_changed", None)
     return body

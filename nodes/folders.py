@@ -9,7 +9,7 @@ import folder_paths
 from ..adapter import SUFFIXES as ADAPTER_SUFFIXES
 from ..profiles import ProfileStore, embeddings_folder, private_fingerprint, profiles_folder
 from ..profiles.embedding import SUFFIXES as EMBEDDING_SUFFIXES
-from .accounts import current_account
+from .accounts import UnknownAccountError, current_account
 
 ADAPTERS = "psa_adapters"
 EMBEDDINGS = "psa_embeddings"
@@ -86,5 +86,9 @@ def profile_store() -> ProfileStore:
 
 
 def embedding_cache() -> Path:
-    """Return the folder of cached embeddings, beside the profiles and as private."""
-    return embeddings_folder(Path(folder_paths.get_user_directory()))
+    """Return the folder of cached embeddings, beside the profiles of whoever asks and as private."""
+    try:
+        account = current_account()
+    except UnknownAccountError:  # who can use levels alone
+        account = None
+    return embeddings_folder(Path(folder_paths.get_user_directory()), account)

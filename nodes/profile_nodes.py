@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..adapter import PSAAdapter
@@ -17,6 +18,7 @@ from ..profiles import (
     private_fingerprint,
     wording,
 )
+from .accounts import REFUSED
 from .encode import encode_profile
 from .folders import EMBEDDINGS, check_file, file_fingerprint, file_names, find_file, missing_file, profile_store
 from .schema import Adapter, Embedding, UserProfile, node_schema
@@ -121,6 +123,8 @@ class PSAUserProfile(io.ComfyNode):
 
 
 def _profile(reference: str) -> Profile:
+    if reference.startswith(REFUSED):
+        raise ProfileError(reference.removeprefix(REFUSED))
     return find_level(reference).profile if _is_level(reference) else profile_store().resolve(reference).profile
 
 
@@ -145,26 +149,23 @@ class PSAStrictestProfile(io.ComfyNode):
             ["PSA", "audience", "union", "combine profiles", "strictest"],
             node_id="PSAStrictestProfile",
             display_name="Strictest Safety Profile",
-            description="For several people who look at the same pictures: what one of them bans is banned. For more "
-            "than four, put one behind the other.",
+            description="For two people who look at the same pictures: what one of them bans is banned. For more, put "
+            "one behind the other.",
+            # All required: one that is muted has to be an error.
             inputs=[
                 UserProfile.Input(
                     f"profile_{number}",
-                    optional=number > 2,
                     tooltip="From User Safety Profile, Safety Level or another Strictest Safety Profile.",
                 )
-                for number in range(1, 5)
+                for number in (1, 2)
             ],
             outputs=[UserProfile.Output("profile", display_name="profile", tooltip="For Encode Safety Profile.")],
         )
 
     @classmethod
-    def execute(
-        cls, profile_1: Profile, profile_2: Profile, profile_3: Profile | None = None, profile_4: Profile | None = None
-    ) -> io.NodeOutput:
+    def execute(cls, profile_1: Profile, profile_2: Profile) -> io.NodeOutput:
         """Return their audience."""
-        people = (profile_1, profile_2, profile_3, profile_4)
-        return io.NodeOutput(Audience.of(*(person for person in people if person is not None)))
+        return io.NodeOutput(Audience.of(profile_1, profile_2))
 
 
 class PSAEncodeProfile(io.ComfyNode):
@@ -197,38 +198,36 @@ class PSAProfileToPrompt(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Profile and a negative prompt in; words out."""
+        """CLIP, profile and a negative prompt in; its conditioning out."""
         return node_schema(
             ["PSA", "profile as text", "negative prompt", "prompt engineering", "DiT", "Flux"],
             node_id="PSAProfileToPrompt",
             display_name="Safety Profile to Prompt",
-            description="Puts a profile into words for a negative prompt: for models that have no PSA adapter (SD3, "
+            description="Puts what a profile bans into a negative prompt: for models that have no PSA adapter (SD3, "
             "Flux, ...). Weaker than an adapter: what a prompt asks for often shows anyway.",
             inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder of your model."),
                 UserProfile.Input("profile", tooltip="From User Safety Profile or Safety Level."),
                 io.String.Input(
-                    "negative_prompt",
+                    "text",
                     multiline=True,
                     default="",
                     tooltip="Your own negative prompt; what the profile bans is put behind it.",
                 ),
             ],
             outputs=[
-                io.String.Output("avoid", display_name="avoid", tooltip="For the text of the negative prompt."),
-                io.String.Output(
-                    "fine",
-                    display_name="fine",
-                    tooltip="What the profile allows. In a positive prompt these words would ask for it.",
-                ),
+                io.Conditioning.Output(
+                    "negative", display_name="CONDITIONING", tooltip="For the negative input of a sampler."
+                )
             ],
         )
 
     @classmethod
-    def execute(cls, profile: Profile, negative_prompt: str) -> io.NodeOutput:
-        """Return the words."""
-        avoid, fine = wording(profile)
-        own = negative_prompt.strip().rstrip(",")
-        return io.NodeOutput(", ".join(part for part in (own, avoid) if part), fine)
+    def execute(cls, clip: CLIP, profile: Profile, text: str) -> io.NodeOutput:
+        """Encode the words here: as text they would get into the error reports of nodes behind this one."""
+        own = text.strip().rstrip(",")
+        words = ", ".join(part for part in (own, wording(profile)) if part)
+        return io.NodeOutput(clip.encode_from_tokens_scheduled(clip.tokenize(words)))
 
 
 class PSALoadEmbedding(io.ComfyNode):

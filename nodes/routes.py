@@ -1,26 +1,25 @@
 """The private store over HTTP, and what cards show, under ``/psa/``, for the page of whoever sits at this ComfyUI.
 
-A web page that the artist visits must be able neither to read nor to change a profile: requests from another origin are
-refused, also those that reach this server under a name that is not its own (DNS rebinding), and what has a body has to
-be JSON, which a page cannot send elsewhere without being asked for its origin.
+A web page that the artist visits must be able neither to read nor to change a profile: requests of other pages are
+refused (``pages.py``), and what has a body has to be JSON, which a page cannot send elsewhere without being asked for
+its origin.
 
 The store waits for other programs and for the disk, so it works in a thread of its own.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import json
-import os
-import socket
 from asyncio import to_thread
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from ..adapter import AdapterError, load_adapter_config
+from ..adapter import AdapterConfig, AdapterError, load_adapter_config
 from ..profiles import (
     CATEGORIES,
     ConflictError,
@@ -34,12 +33,12 @@ from ..profiles import (
     parse_profile,
 )
 from ..profiles.files import FORMAT, FORMAT_VERSION
-from ..profiles.schema import AGE_GROUPS, GENDERS, MAX_AGE, MENTAL_CONDITIONS, PHYSICAL_CONDITIONS, RELIGIONS
+from ..profiles.schema import GENDERS, MAX_AGE, MENTAL_CONDITIONS, PHYSICAL_CONDITIONS, RELIGIONS
 from .accounts import UnknownAccountError
 from .folders import ADAPTERS, find_file, missing_file, profile_store
+from .pages import foreign
 
 LARGEST_BODY = 64 * 1024  # bytes; a profile with the longest notes has a third of it
-HOSTS = "PSA_HOSTS"  # names under which this ComfyUI is reached, separated by commas
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _HEADERS = {
@@ -125,7 +124,6 @@ async def _presets(_request: web.Request) -> web.Response:
             "religions": RELIGIONS,
             "physical_conditions": PHYSICAL_CONDITIONS,
             "mental_conditions": MENTAL_CONDITIONS,
-            "age_groups": [{"name": name, "from": first} for name, first in AGE_GROUPS],
             "max_age": MAX_AGE,
             "levels": [
                 {
@@ -146,10 +144,17 @@ async def _adapter(request: web.Request) -> web.Response:
     path = find_file(ADAPTERS, name)
     if path is None:
         raise AdapterError(missing_file("adapter", ADAPTERS, name))
-    config = await to_thread(load_adapter_config, path)
+    stat = path.stat()
+    config = await to_thread(_adapter_config, path, stat.st_size, stat.st_mtime_ns)
     # Apply PSA refuses a model that has other layers.
     layers = len(config.hidden_sizes) if set(config.kinds) & {"constant", "gated"} else 0
     return _answer({"base": config.base_title, "kinds": config.kinds, "layers": layers, "encoder": config.encoder.name})
+
+
+@lru_cache(maxsize=64)
+def _adapter_config(path: Path, _size: int, _changed: int) -> AdapterConfig:
+    """Read a file once: of a release, whole tensors are read for a few words."""
+    return load_adapter_config(path)
 
 
 def _described(stored: StoredProfile) -> dict[str, Any]:
@@ -193,16 +198,8 @@ async def _body(request: web.Request, names: set[str]) -> dict[str, Any]:
 
 def _guarded(handler: _Handler) -> _Handler:
     async def guarded(request: web.Request) -> web.StreamResponse:
-        if not _from_here(request):
-            return _answer({"error": "Profiles are for this ComfyUI's own page."}, status=403)
-        if not _own_name(request):
-            return _answer(
-                {
-                    "error": f"This ComfyUI does not know the name {request.url.host}. If it is yours, start ComfyUI "
-                    f"with the environment variable {HOSTS}={request.url.host}."
-                },
-                status=403,
-            )
+        if (problem := foreign(request)) is not None:
+            return _answer({"error": problem}, status=403)
         try:
             return await handler(request)
         except UnknownAccountError as error:
@@ -217,32 +214,6 @@ def _guarded(handler: _Handler) -> _Handler:
             return _answer({"error": str(error)}, status=400)
 
     return guarded
-
-
-def _from_here(request: web.Request) -> bool:
-    """Return whether the request comes from a page of this server, or from no page at all."""
-    if request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
-        return False
-    origin = request.headers.get("Origin")
-    return origin is None or origin.lower().partition("://")[2] == request.host.lower()
-
-
-def _own_name(request: web.Request) -> bool:
-    """Return whether the name in the request is one that only this machine has.
-
-    A page elsewhere can give itself this machine's address, but then it comes with a name of its own.
-    """
-    host = (request.url.host or "").lower()
-    own = socket.gethostname().lower()
-    if host in ("localhost", own, f"{own}.local") or host.endswith(".localhost"):
-        return True
-    if host in (name.strip().lower() for name in os.environ.get(HOSTS, "").split(",")):
-        return True
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _refusal(kind: type[web.HTTPException], message: str) -> web.HTTPException:

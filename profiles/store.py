@@ -11,6 +11,7 @@ import hmac
 import itertools
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class ProfileEntry:
     active: bool
     problem: str | None = None
     restorable: bool = False
+    revision: str = ""
 
 
 def profiles_folder(user_directory: Path, user: str | None = None) -> Path:
@@ -70,9 +72,13 @@ def profiles_folder(user_directory: Path, user: str | None = None) -> Path:
     return private / "accounts" / user / "profiles"
 
 
-def embeddings_folder(user_directory: Path) -> Path:
+def embeddings_folder(user_directory: Path, user: str | None = None) -> Path:
     """Return where cached embeddings lie, beside the profiles and as private."""
-    return user_directory / PRIVATE_FOLDER / "embeddings"
+    return _beside(profiles_folder(user_directory, user))
+
+
+def _beside(profiles: Path) -> Path:
+    return profiles.with_name("embeddings")
 
 
 class ProfileStore:
@@ -145,6 +151,7 @@ class ProfileStore:
     def delete(self, profile_id: str) -> None:
         """Delete a profile and its backup; if it was the active one, none is active afterwards.
 
+        Cached embeddings go as well, everybody's: they do not tell whose they are, and are made again when needed.
         A damaged file is not deleted, but set aside with its backup: they may be all that is left of a profile.
         """
         with self._writing():
@@ -157,6 +164,7 @@ class ProfileStore:
             else:
                 path.unlink()
                 backup.unlink(missing_ok=True)
+                shutil.rmtree(_beside(self.root), ignore_errors=True)
             if self.active_id() == profile_id:
                 (self.root / ACTIVE).unlink()
 
@@ -206,7 +214,8 @@ class ProfileStore:
 
     def _entry(self, profile_id: str, active: str | None) -> ProfileEntry:
         try:
-            return ProfileEntry(profile_id, self.read(profile_id).profile.name, profile_id == active)
+            stored = self.read(profile_id)
+            return ProfileEntry(profile_id, stored.profile.name, profile_id == active, revision=stored.revision)
         except ProfileError as error:
             restorable = not isinstance(error, StoreError) and self._has_backup(profile_id)
             return ProfileEntry(profile_id, "", profile_id == active, str(error), restorable)

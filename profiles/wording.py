@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from .policy import category_lists
+from .policy import banned_categories
 from .schema import Category, Profile
 
 # What pictures of a category show, as people name it in prompts.
@@ -19,15 +17,10 @@ WORDS: dict[Category, tuple[str, ...]] = {
 }
 
 
-def wording(profile: Profile) -> tuple[str, str]:
-    """Return what pictures for a person should not show, and what they may show: words separated by commas.
+def wording(profile: Profile) -> str:
+    """Return what pictures for a person should not show, as words separated by commas.
 
-    The first is for a negative prompt, the paper's baseline by prompt engineering. Both name categories alone and
-    nothing else of the profile.
+    For a negative prompt: the paper's baseline by prompt engineering. They name categories and nothing else of the
+    profile.
     """
-    banned, allowed = category_lists(profile)
-    return _words(banned), _words(allowed)
-
-
-def _words(categories: Iterable[Category]) -> str:
-    return ", ".join(word for category in categories for word in WORDS[category])
+    return ", ".join(word for category in banned_categories(profile) for word in WORDS[category])

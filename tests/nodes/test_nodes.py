@@ -93,14 +93,23 @@ def test_levels_are_found_by_id_whatever_their_label_says(nodes: dict[str, Any])
     assert "L0, L1, L2, L3, L4, L5" in node.validate_inputs(level="L6")
 
 
-def test_a_profile_becomes_words_behind_ones_own(nodes: dict[str, Any]) -> None:
-    node = nodes["PSAProfileToPrompt"]
+def test_a_profile_becomes_words_behind_ones_own_and_leaves_as_conditioning_alone(nodes: dict[str, Any]) -> None:
+    class Clip:
+        def tokenize(self, text: str) -> str:
+            return text
+
+        def encode_from_tokens_scheduled(self, tokens: str) -> list[str]:
+            return [tokens]
+
+    def negative(profile: Profile, text: str) -> str:
+        (conditioning,) = nodes["PSAProfileToPrompt"].execute(Clip(), profile, text).args
+        return conditioning[0]
+
     profile = Profile(overrides={"Propaganda": "ban"})
-    avoid, fine = node.execute(profile, "blurry, ")
-    assert avoid == "blurry, propaganda, political slogans, extremist symbols"
-    assert "propaganda" not in fine
-    assert node.execute(profile, "")[0] == "propaganda, political slogans, extremist symbols"
-    assert node.execute(Profile(), " my own ")[0] == "my own"
+    assert negative(profile, "blurry, ") == "blurry, propaganda, political slogans, extremist symbols"
+    assert negative(profile, "") == "propaganda, political slogans, extremist symbols"
+    assert negative(Profile(), " my own ") == "my own"
+    assert {output.io_type for output in nodes["PSAProfileToPrompt"].GET_SCHEMA().outputs} == {"CONDITIONING"}
 
 
 def test_the_profile_node_offers_references_alone(nodes: dict[str, Any]) -> None:

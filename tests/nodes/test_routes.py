@@ -12,7 +12,7 @@ import requests
 from studio import COMFYUI, empty_store
 
 from comfyui_psa.profiles import CATEGORIES, Profile, ProfileStore, StoredProfile, levels
-from comfyui_psa.training.comfyui import ComfyUIServer, prepare_base
+from comfyui_psa.training.comfyui import PACK, ComfyUIServer, prepare_base, to_prompt
 
 MARKER = "Zorblaxism"
 PROFILE = {"name": "evening", "age": 12, "religion": MARKER, "overrides": {"Propaganda": "ban"}, "notes": MARKER}
@@ -77,6 +77,7 @@ def test_the_list_names_profiles_and_tells_nothing_of_them(server: ComfyUIServer
         "active": True,
         "problem": None,
         "restorable": False,
+        "revision": first.revision,
     }
     assert "damaged" in found[damaged.id]["problem"]
     assert found[damaged.id]["restorable"]
@@ -249,6 +250,31 @@ def test_a_store_that_cannot_be_read_is_an_error_and_no_empty_list(server: Comfy
         store.root.unlink()
         hidden.rename(store.root)
     assert store.read(stored.id) == stored
+
+
+REBOUND = {"Host": "rebound.example.org:8188", "Origin": "http://rebound.example.org:8188"}
+
+
+def test_a_prompt_of_another_page_reads_no_profile(server: ComfyUIServer, store: ProfileStore) -> None:
+    """ComfyUI takes it, as host and origin agree: a page gave its own name this machine's address."""
+    store.activate(store.create(Profile(overrides={"Hate": "ban"})).id)
+    workflow = json.loads((PACK / "example_workflows" / "psa_first_steps.json").read_text(encoding="utf-8"))
+    prompt = to_prompt(workflow, server.get("/object_info"))
+    (node,) = (node for node in prompt.values() if node["class_type"] == "PSASafetyLevel")
+    (sampler,) = (node for node in prompt.values() if node["class_type"] == "KSampler")
+    sampler["inputs"]["steps"] = 1
+    for reference in ("active", ["1", 0]):
+        node |= {"class_type": "PSAUserProfile", "inputs": {"profile_id": reference}}
+        answer = requests.post(f"{server.url}/prompt", json={"prompt": prompt}, headers=REBOUND, timeout=60)
+        assert answer.status_code == 400
+        assert "does not know the name rebound.example.org" in answer.text
+    node["inputs"] = {"profile_id": "active"}
+    own = {"Origin": server.url}
+    assert requests.post(f"{server.url}/prompt", json={"prompt": prompt}, headers=own, timeout=60).status_code == 200
+    program = {"Host": "comfyui:8188"}
+    assert (
+        requests.post(f"{server.url}/prompt", json={"prompt": prompt}, headers=program, timeout=60).status_code == 200
+    )
 
 
 def test_names_that_the_owner_gives_this_computer_are_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

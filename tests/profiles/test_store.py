@@ -22,6 +22,7 @@ from comfyui_psa.profiles import (
     ProfileError,
     ProfileStore,
     StoreError,
+    embeddings_folder,
     files,
     private_fingerprint,
     profiles_folder,
@@ -425,3 +426,27 @@ def test_a_fingerprint_cannot_be_tried_out_in_another_process() -> None:
     there, here = result.stdout.strip(), private_fingerprint("a profile")
     assert len(there) == len(here)
     assert there != here
+
+
+def test_deleting_a_profile_deletes_cached_embeddings(tmp_path: Path) -> None:
+    """They tell of their user, and not of which profile they are."""
+    store = ProfileStore(profiles_folder(tmp_path))
+    cache = embeddings_folder(tmp_path)
+    cache.mkdir(parents=True)
+    (cache / "0123.safetensors").write_bytes(b"numbers")
+    stored = store.create(Profile())
+    store.save(stored, Profile(age=12))
+    assert cache.is_dir()
+    store.delete(stored.id)
+    assert not cache.exists()
+
+
+def test_every_account_has_a_cache_of_its_own(tmp_path: Path) -> None:
+    folders = {embeddings_folder(tmp_path), embeddings_folder(tmp_path, "alice"), embeddings_folder(tmp_path, "bob")}
+    assert len(folders) == 3
+    assert all(
+        folder.parent == profiles_folder(tmp_path, user).parent
+        for folder, user in zip(
+            (embeddings_folder(tmp_path), embeddings_folder(tmp_path, "bob")), (None, "bob"), strict=True
+        )
+    )

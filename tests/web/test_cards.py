@@ -130,10 +130,15 @@ def test_without_a_profile_of_ones_own_it_offers_levels_or_to_make_one(page: Pag
 
 def test_a_profile_that_is_here_is_not_asked_about(page: Page, store: ProfileStore) -> None:
     stored = store.create(Profile(name="Mine"))
-    for reference in (stored.id, "active", "L2"):
+    for reference in (stored.id, "active", "L2", f"{MISSING[:-1]}3"):
         open_with_reference(page, reference)
         expect(profile_card(page).get_by_role("combobox")).to_have_value(reference)
-        expect(page.locator(".psa-dialog")).to_have_count(0)
+        if reference != f"{MISSING[:-1]}3":
+            expect(page.locator(".psa-dialog")).to_have_count(0)
+    # Questions come in the order of the workflows: by now one of those before would be there.
+    expect(page.locator(".psa-dialog")).to_have_count(1)
+    page.keyboard.press("Escape")
+    expect(page.locator(".psa-dialog")).to_have_count(0)
 
 
 def test_apply_psa_shows_what_it_does(page: Page) -> None:
@@ -156,7 +161,63 @@ def test_apply_psa_shows_what_it_does(page: Page) -> None:
     set_widget(page, "PSALoadAdapter", "adapter_name", "elsewhere.safetensors")
     expect(card.get_by_role("alert")).to_contain_text('There is no adapter "elsewhere.safetensors" on this machine')
     page.evaluate("() => void app.graph.remove(app.graph.nodes.find((node) => node.type === 'PSALoadAdapter'))")
-    expect(card).to_contain_text("Connect Load PSA Adapter")
+    expect(card).to_contain_text("Connect “Load PSA Adapter”")
+
+
+def in_a_subgraph(page: Page) -> None:
+    """Open first steps with Encode Safety Profile and Apply PSA in a subgraph."""
+    page.evaluate(
+        """async (workflow) => {
+            await app.loadGraphData(workflow);
+            const inside = app.graph.nodes.filter((node) => ['PSAApply', 'PSAEncodeProfile'].includes(node.type));
+            app.graph.convertToSubgraph(new Set(inside));
+            await app.loadGraphData(app.graph.serialize());
+        }""",
+        first_steps(),
+    )
+
+
+def test_in_a_subgraph_the_badge_is_that_of_what_it_is_in(page: Page) -> None:
+    in_a_subgraph(page)
+    page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find((node) => node.subgraph);
+            app.canvas.openSubgraph(node.subgraph, node);
+        }"""
+    )
+    card = page.get_by_role("group", name="What PSA does here")
+    expect(card.get_by_role("status")).to_have_text("Acts at strength 1")
+    expect(card).to_contain_text("comes from outside")
+    for mode, said in ((4, "Bypassed: no boundaries apply"), (2, "Muted"), (0, "Acts at strength 1")):
+        page.evaluate("""(mode) => { app.graph.nodes.find((node) => node.subgraph).mode = mode; }""", mode)
+        expect(card.get_by_role("status")).to_contain_text(said)
+    page.evaluate("() => app.canvas.setGraph(app.graph)")
+
+
+def test_nothing_goes_on_for_nodes_that_are_gone(page: Page) -> None:
+    """Frontend 1.32 does not tell nodes in subgraphs that a workflow was closed."""
+    for _ in range(3):
+        in_a_subgraph(page)
+    page.evaluate("() => app.graph.clear()")
+    loops = page.evaluate(
+        """async () => {
+            const frames = (n) => new Promise((done) => {
+                const step = () => n-- > 0 ? real.call(window, step) : done();
+                step();
+            });
+            const real = window.requestAnimationFrame;
+            await frames(5);
+            let ours = 0;
+            window.requestAnimationFrame = (then) => {
+                ours += String(new Error().stack).includes('/psa/');
+                return real.call(window, then);
+            };
+            await frames(5);
+            window.requestAnimationFrame = real;
+            return ours;
+        }"""
+    )
+    assert loops == 0
 
 
 def facts(card: Locator) -> dict[str, str]:

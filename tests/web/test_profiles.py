@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import requests
 from frontend import add_card, banned, open_tab, violations
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from comfyui_psa.profiles import Profile, ProfileStore
 from comfyui_psa.training.comfyui import ComfyUIServer
@@ -126,6 +126,56 @@ def test_a_change_from_elsewhere_is_not_overwritten_and_what_was_typed_stays(pag
     expect(tab.get_by_role("alert")).to_contain_text("changed by another program")
     expect(tab.get_by_label("Age")).to_have_value("40")
     assert store.read(stored.id) == elsewhere
+    tab.get_by_role("button", name="Save as a new profile").click()
+    expect(tab.get_by_role("status")).to_contain_text("Evening is saved")
+    assert sorted(str(store.read(entry.id).profile.age) for entry in store.entries()) == ["13", "40"]
+
+
+def test_what_is_typed_while_a_save_runs_is_not_lost(page: Page, store: ProfileStore) -> None:
+    stored = store.create(Profile(name="Evening"))
+    tab = open_tab(page)
+    tab.get_by_role("button", name="Edit Evening").click()
+    tab.get_by_label("Notes").fill("before")
+    waiting: list[Route] = []
+
+    def hold(route: Route) -> None:
+        waiting.append(route)
+
+    page.route("**/psa/profiles/*", hold)
+    try:
+        tab.get_by_role("button", name="Save").click()
+        expect(tab.locator("form")).to_have_attribute("inert", "")
+        tab.get_by_role("button", name="New profile").click()
+        (saving,) = waiting
+        saving.continue_()
+    finally:
+        page.unroute("**/psa/profiles/*", hold)
+    expect(tab.get_by_role("form", name="New profile")).to_be_visible()
+    assert store.read(stored.id).profile.notes == "before"
+
+
+def test_a_list_that_answers_late_does_not_win(page: Page, store: ProfileStore) -> None:
+    first, second = store.create(Profile(name="First")), store.create(Profile(name="Second"))
+    store.activate(second.id)
+    tab = open_tab(page)
+    expect(tab.get_by_role("button", name="Second is the active profile")).to_be_visible()
+    page.evaluate(
+        """() => {
+            const real = window.fetch;
+            window.fetch = async (...asked) => {
+                window.fetch = real;
+                const answer = await real(...asked);
+                await new Promise((go) => { window.goOn = go; });
+                return answer;
+            };
+            window.dispatchEvent(new Event('focus'));
+        }"""
+    )
+    tab.get_by_role("button", name="Make First the active profile").click()
+    expect(tab.get_by_role("button", name="First is the active profile")).to_be_visible()
+    page.evaluate("async () => { window.goOn(); await new Promise((done) => setTimeout(done)); }")
+    expect(tab.get_by_role("button", name="First is the active profile")).to_be_visible()
+    assert store.active_id() == first.id
 
 
 def test_a_damaged_profile_is_said_so_and_its_earlier_version_comes_back(page: Page, store: ProfileStore) -> None:
@@ -161,7 +211,7 @@ def test_it_is_used_by_keyboard(page: Page, store: ProfileStore) -> None:
     page.keyboard.type("rwq")
     expect(tab.get_by_label("Name")).to_have_value("rwq")
     page.keyboard.press("Enter")
-    expect(tab.get_by_role("button", name="rwq is the active profile")).to_be_visible()
+    expect(tab.get_by_role("button", name="rwq is the active profile")).to_be_focused()
     tab.get_by_role("button", name="Edit rwq").focus()
     page.keyboard.press("Enter")
     expect(tab.get_by_role("form")).to_be_visible()
@@ -222,8 +272,10 @@ def test_the_language_is_comfyuis(browser: Page, server: ComfyUIServer, store: P
     assert browser.context.browser
     requests.post(f"{server.url}/settings", json={"Comfy.Locale": "fr"}, timeout=30).raise_for_status()
     page = browser.context.browser.new_page()
-    page.goto(server.url)
-    page.get_by_role("button", name="Profils de sécurité").first.click()
-    expect(page.get_by_role("button", name="Créer mon profil")).to_be_visible()
-    page.close()
-    requests.post(f"{server.url}/settings", json={"Comfy.Locale": "en"}, timeout=30).raise_for_status()
+    try:
+        page.goto(server.url)
+        page.get_by_role("button", name="Profils de sécurité").first.click()
+        expect(page.get_by_role("button", name="Créer mon profil")).to_be_visible()
+    finally:
+        page.close()
+        requests.post(f"{server.url}/settings", json={"Comfy.Locale": "en"}, timeout=30).raise_for_status()

@@ -2,13 +2,11 @@
 /** The card on Apply PSA: whether it acts at all, and what the adapter acts on. It knows nothing of the user. */
 
 import { h } from './elements.js'
-import { follow, inputNode, isLinked, putCard, whileShown } from './nodes.js'
+import { BYPASS, NEVER, effectiveMode, follow, inputNode, isLinked, putCard, whileShown } from './nodes.js'
 import { problemOf } from './store.js'
 import { t } from './words.js'
 
 const HEIGHT = 160
-const NEVER = 2 // LiteGraph's modes
-const BYPASS = 4
 
 /**
  * @param {import('@comfyorg/comfyui-frontend-types').LGraphNode} node
@@ -34,7 +32,8 @@ export function addApplyCard(node, store) {
 
   function showBadge() {
     const value = strength()
-    const why = node.mode === BYPASS ? 'is_bypassed' : node.mode === NEVER ? 'is_muted' : value === 0 ? 'is_off' : null
+    const mode = effectiveMode(node)
+    const why = mode === BYPASS ? 'is_bypassed' : mode === NEVER ? 'is_muted' : value === 0 ? 'is_off' : null
     badge.classList.toggle('psa-off', why !== null)
     badge.replaceChildren(
       h('i', { class: `pi pi-${why ? 'exclamation-triangle' : 'shield'}`, 'aria-hidden': 'true' }),
@@ -47,7 +46,8 @@ export function addApplyCard(node, store) {
     const number = ++asked
     const name = adapterName()
     if (name === null) {
-      facts.replaceChildren(h('p', { class: 'psa-quiet' }, t('no_adapter')))
+      const why = isLinked(node, 'adapter') ? 'adapter_elsewhere' : 'no_adapter'
+      facts.replaceChildren(h('p', { class: 'psa-quiet' }, t(why)))
       return
     }
     try {
@@ -60,7 +60,7 @@ export function addApplyCard(node, store) {
 
   // ComfyUI tells nobody that a node was bypassed.
   whileShown(node, () => {
-    const stops = [follow(() => `${node.mode} ${strength()}`, showBadge), follow(adapterName, showFacts)]
+    const stops = [follow(() => `${effectiveMode(node)} ${strength()}`, showBadge), follow(() => `${isLinked(node, 'adapter')} ${adapterName()}`, showFacts)]
     return () => stops.forEach((stop) => stop())
   })
 }

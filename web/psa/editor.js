@@ -2,8 +2,8 @@
 /** The editor of one profile: attributes that may stay unsaid, and what follows from them while one types. */
 
 import { app } from '../../../scripts/app.js'
-import { button, chips, h, strictness } from './elements.js'
-import { problemOf } from './store.js'
+import { button, chips, h, levelLabel, strictness } from './elements.js'
+import { StoreProblem, problemOf } from './store.js'
 import { t, tWord } from './words.js'
 
 /**
@@ -37,14 +37,17 @@ let count = 0
  * @param {import('./store.js').ProfileStore} store
  * @param {Presets} presets
  * @param {Profile} given
- * @param {{title: string, save: (profile: Profile) => Promise<void>, cancel: () => void}} options
+ * @param {{title: string, save: (profile: Profile) => Promise<void>, saveAsNew: (profile: Profile) => Promise<void>,
+ *   cancel: () => void}} options
  * @returns {{element: HTMLElement, changed: () => boolean, mayLeave: () => Promise<boolean>}}
  */
-export function editor(store, presets, given, { title, save, cancel }) {
+export function editor(store, presets, given, { title, save, saveAsNew, cancel }) {
   const prefix = `psa-editor-${++count}`
   let profile = { ...given, overrides: { ...given.overrides } }
   let asked = 0
   let changed = false
+  /** @type {Promise<void> | null} */
+  let saving = null
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   let waiting
 
@@ -191,18 +194,29 @@ export function editor(store, presets, given, { title, save, cancel }) {
   /** @param {Event} event */
   async function submit(event) {
     event.preventDefault()
-    refusal.textContent = ''
+    refusal.replaceChildren()
     if (wrong()) {
       problem.textContent = wrong()
       return
     }
-    saveButton.disabled = true
+    await attempt(save)
+  }
+
+  /** @param {(profile: Profile) => Promise<void>} store What to do with what was typed. */
+  async function attempt(store) {
+    form.inert = true // what is typed meanwhile would be lost
+    saving = store(profile)
     try {
-      await save(profile)
+      await saving
+      changed = false
     } catch (error) {
-      refusal.textContent = problemOf(error)
+      refusal.replaceChildren(problemOf(error))
+      if (error instanceof StoreProblem && error.outdated) {
+        refusal.append(button(t('save_as_new'), () => attempt(saveAsNew)))
+      }
     } finally {
-      saveButton.disabled = false
+      form.inert = false
+      saving = null
     }
   }
 
@@ -212,13 +226,14 @@ export function editor(store, presets, given, { title, save, cancel }) {
 
   /** Whether what was typed may go. @returns {Promise<boolean>} */
   async function mayLeave() {
+    await saving?.catch(() => {})
     return !changed || Boolean(await app.extensionManager.dialog.confirm({ title, message: t('discard') }))
   }
 
   drawFields()
   preview()
   const form = h('form', {
-    class: 'psa-editor', 'aria-label': title, novalidate: true, onsubmit: submit,
+    class: 'psa-editor', 'aria-label': title, novalidate: true, autocomplete: 'off', spellcheck: 'false', onsubmit: submit,
     onkeydown: (/** @type {KeyboardEvent} */ event) => {
       event.stopPropagation() // letters are ComfyUI's shortcuts
       if (event.key === 'Escape' && !event.isComposing) leave()
@@ -234,13 +249,4 @@ export function editor(store, presets, given, { title, save, cancel }) {
   refusal,
   h('div', { class: 'psa-buttons' }, button(t('cancel'), leave), saveButton))
   return { element: form, changed: () => changed, mayLeave }
-}
-
-/** @param {import('./store.js').Level} level */
-export function levelLabel(level) {
-  const banned = level.decisions.filter((decision) => decision.banned)
-  if (banned.length === 0) return `${level.id} – ${t('bans_nothing')}`
-  if (banned.length === level.decisions.length) return `${level.id} – ${t('bans_everything')}`
-  const names = banned.map((decision) => tWord('categories', decision.category)).join(', ')
-  return `${level.id} – ${t('bans', { categories: names })}`
 }

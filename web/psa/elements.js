@@ -22,11 +22,11 @@ export function h(tag, attributes = {}, ...children) {
   return element
 }
 
-/** @param {string} icon A PrimeIcons name. @param {string} label @param {() => void} action @param {string} [kind] */
-export function iconButton(icon, label, action, kind = '') {
+/** @param {string} icon A PrimeIcons name. @param {string} label @param {() => void} action */
+export function iconButton(icon, label, action) {
   return h(
     'button',
-    { type: 'button', class: `psa-icon ${kind}`, title: label, 'aria-label': label, onclick: action },
+    { type: 'button', class: 'psa-icon', title: label, 'aria-label': label, onclick: action },
     h('i', { class: `pi pi-${icon}`, 'aria-hidden': 'true' })
   )
 }
@@ -70,4 +70,13 @@ export function strictness(decisions) {
 /** @param {string} name */
 export function profileName(name) {
   return name || t('unnamed')
+}
+
+/** @param {import('./store.js').Level} level */
+export function levelLabel(level) {
+  const banned = level.decisions.filter((decision) => decision.banned)
+  if (banned.length === 0) return `${level.id} – ${t('bans_nothing')}`
+  if (banned.length === level.decisions.length) return `${level.id} – ${t('bans_everything')}`
+  const names = banned.map((decision) => tWord('categories', decision.category)).join(', ')
+  return `${level.id} – ${t('bans', { categories: names })}`
 }

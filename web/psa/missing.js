@@ -5,8 +5,7 @@
  */
 
 import { app } from '../../../scripts/app.js'
-import { levelLabel } from './editor.js'
-import { button, h } from './elements.js'
+import { button, h, levelLabel } from './elements.js'
 import { isLinked } from './nodes.js'
 import { shownName } from './settings.js'
 import { openEditor } from './tab.js'

@@ -1,9 +1,14 @@
 // @ts-check
 /** What the cards on nodes have in common: where they sit, and when they look again. */
 
+import { app } from '../../../scripts/app.js'
+
 /** @typedef {import('@comfyorg/comfyui-frontend-types').LGraphNode} LGraphNode */
 
 const WIDTH = 345
+export const ALWAYS = 0 // LiteGraph's modes
+export const NEVER = 2
+export const BYPASS = 4
 
 /**
  * Put a card below a node's widgets. Nothing of it is ever saved: what is in it belongs to nobody but who sees it.
@@ -29,18 +34,46 @@ export function putCard(node, card, height) {
 }
 
 /**
- * Do something while a node is in a graph. Copying makes nodes that never are.
+ * Do something while a node is in the graph. Copying makes nodes that never are, and some frontends forget to tell nodes
+ * in subgraphs that they were removed.
  *
  * @param {LGraphNode} node @param {() => () => void} start Returns what stops it.
  */
 export function whileShown(node, start) {
-  /** @type {(() => void) | null} */
-  let stop = null
-  after(node, 'onAdded', () => { stop ??= start() })
-  after(node, 'onRemoved', () => {
-    stop?.()
-    stop = null
+  /** @type {(() => void)[]} */
+  let stops = []
+  function end() {
+    for (const stop of stops.splice(0)) stop()
+  }
+  after(node, 'onAdded', () => {
+    if (stops.length > 0) return
+    stops = [start()]
+    let first = true // in which a subgraph may still be on its way into the graph
+    stops.push(follow(() => first || isInGraph(node), () => { if (!first && !isInGraph(node)) end() }))
+    first = false
   })
+  after(node, 'onRemoved', end)
+}
+
+/** @param {LGraphNode} node @returns {boolean} */
+function isInGraph(node) {
+  const { graph } = node
+  if (!graph || graph.getNodeById(node.id) !== node) return false
+  return graph === app.graph || hosts(graph).some(isInGraph)
+}
+
+/** The nodes that stand for a subgraph, wherever they are. @param {unknown} subgraph @returns {LGraphNode[]} */
+function hosts(subgraph) {
+  const graphs = [app.graph, ...(app.graph.subgraphs?.values() ?? [])]
+  const nodes = /** @type {LGraphNode[]} */ (graphs.flatMap((graph) => graph.nodes))
+  return nodes.filter((node) => 'subgraph' in node && node.subgraph === subgraph)
+}
+
+/** A node's mode, or that of what it is in. @param {LGraphNode} node @returns {number} One of LiteGraph's. */
+export function effectiveMode(node) {
+  if (node.mode !== ALWAYS || !node.graph || node.graph === app.graph) return node.mode
+  const modes = hosts(node.graph).map(effectiveMode)
+  return modes.length > 0 && modes.every((mode) => mode !== ALWAYS) ? modes[0] : node.mode
 }
 
 /**
@@ -53,12 +86,11 @@ export function follow(look, show) {
   let seen
   let next = 0
   function frame() {
+    next = requestAnimationFrame(frame) // first: a graph that is being rebuilt may refuse to be looked at
     const now = look()
-    if (now !== seen) {
-      seen = now
-      show()
-    }
-    next = requestAnimationFrame(frame)
+    if (now === seen) return
+    seen = now
+    show()
   }
   frame()
   return () => cancelAnimationFrame(next)

@@ -1,8 +1,7 @@
 // @ts-check
 /** The card on User Safety Profile: whose boundaries this node brings in, and which they are. */
 
-import { levelLabel } from './editor.js'
-import { button, chips, h, strictness } from './elements.js'
+import { button, chips, h, levelLabel, strictness } from './elements.js'
 import { after, putCard, whileShown } from './nodes.js'
 import { defaultReference, shownName } from './settings.js'
 import { problemOf } from './store.js'
@@ -22,7 +21,7 @@ export function addProfileCard(node, store) {
   // The card's own picker shows names instead of ids.
   reference.hidden = true
   reference.options.hidden = true
-  reference.value = defaultReference() // a workflow that is opened overwrites it
+  reference.value = defaultReference(store) // a workflow that is opened overwrites it
 
   const picker = h('select', { class: 'psa-picker', 'aria-label': t('whose_boundaries'), onchange: () => {
     reference.value = picker.value
@@ -48,15 +47,17 @@ export function addProfileCard(node, store) {
       ...store.entries.map((entry) => /** @type {[string, string]} */ ([entry.id, shownName(entry)])),
       ...levels.map((level) => /** @type {[string, string]} */ ([level.id, levelLabel(level)]))
     ])
-    const missing = !names.has(reference.value)
-    if (missing) names.set(reference.value, t('not_here'))
+    const unknown = !names.has(reference.value)
+    const missing = unknown && presets !== null && !store.problem
+    if (unknown) names.set(reference.value, t(missing ? 'not_here' : 'not_known'))
     picker.replaceChildren(...[...names].map(([value, label]) => h('option', { value }, label)))
     picker.value = reference.value
     const level = levels.find(({ id }) => id === reference.value)
     const id = shownId()
-    editButton.disabled = Boolean(level) || missing || id === null
+    editButton.disabled = Boolean(level) || unknown || id === null
     try {
       if (store.problem) throw new Error(store.problem)
+      if (presets === null) throw new Error(t('no_answer'))
       if (missing) throw new Error(t('missing_profile'))
       if (!level && id === null) throw new Error(t('no_active_profile'))
       const decisions = level ? level.decisions : (await store.read(/** @type {string} */ (id))).decisions

@@ -3,6 +3,7 @@
 
 import { app } from '../../../scripts/app.js'
 import { profileName } from './elements.js'
+import { t } from './words.js'
 
 /** @typedef {import('@comfyorg/comfyui-frontend-types').SettingParams} SettingParams */
 
@@ -32,7 +33,7 @@ export function profileSettings(store) {
       // Read whenever the dialog is opened.
       get options() {
         return [
-          'active',
+          { value: 'active', text: t('active_profile_short') },
           ...store.entries.map((entry) => ({ value: entry.id, text: profileName(entry.name) })),
           ...store.levels.map((level) => level.id)
         ]
@@ -46,7 +47,9 @@ export function shownName(entry) {
   return app.extensionManager.setting.get(SHOW_NAMES) === false ? `#${entry.id.slice(0, 4)}` : profileName(entry.name)
 }
 
-/** @returns {string} */
-export function defaultReference() {
-  return app.extensionManager.setting.get(DEFAULT_PROFILE) ?? 'active'
+/** What a new node refers to: what was chosen, if it is still there. @param {import('./store.js').ProfileStore} store */
+export function defaultReference(store) {
+  const chosen = app.extensionManager.setting.get(DEFAULT_PROFILE)
+  const known = store.levels.some(({ id }) => id === chosen) || store.entries.some(({ id }) => id === chosen)
+  return known ? String(chosen) : 'active'
 }

@@ -8,7 +8,8 @@ import { api } from '../../../scripts/api.js'
 import { t } from './words.js'
 
 /**
- * @typedef {{id: string, name: string, active: boolean, problem: string | null, restorable: boolean}} Entry
+ * @typedef {{id: string, name: string, revision: string, active: boolean, problem: string | null,
+ *   restorable: boolean}} Entry
  * @typedef {{category: string, banned: boolean, reasons: string[]}} Decision
  * @typedef {Record<string, 'ban' | 'allow' | 'rule'>} Overrides
  * @typedef {{name: string, age: number | null, gender: string | null, religion: string | null,
@@ -27,6 +28,11 @@ export class StoreProblem extends Error {
     super(message)
     this.status = status
   }
+
+  /** Whether what was read is no longer what is there. */
+  get outdated() {
+    return this.status === 404 || this.status === 409
+  }
 }
 
 /** Fires "change" whenever the list, or a profile, may have changed. */
@@ -39,6 +45,7 @@ export class ProfileStore extends EventTarget {
     this.problem = null
     /** @type {Level[]} Empty until the presets are there. */
     this.levels = []
+    this._asked = 0
     /** @type {Promise<Presets> | null} */
     this._presets = null
   }
@@ -49,14 +56,18 @@ export class ProfileStore extends EventTarget {
   }
 
   async refresh() {
+    const number = ++this._asked
+    /** @type {{entries: Entry[], problem: string | null}} */
+    let found
     try {
-      this.entries = (await this._ask('GET', '/profiles')).profiles
-      this.problem = null
+      found = { entries: (await this._ask('GET', '/profiles')).profiles, problem: null }
     } catch (error) {
-      this.entries = []
-      this.problem = problemOf(error)
+      found = { entries: [], problem: problemOf(error) }
     }
-    this.dispatchEvent(new Event('change'))
+    if (number !== this._asked) return // an older list that answers late
+    const same = JSON.stringify(found) === JSON.stringify({ entries: this.entries, problem: this.problem })
+    Object.assign(this, found)
+    if (!same || number === 1) this.dispatchEvent(new Event('change'))
   }
 
   /** @returns {Promise<Presets>} */
@@ -106,7 +117,9 @@ export class ProfileStore extends EventTarget {
 
   /** Undo a deletion. @param {Stored} stored @param {boolean} active Whether to make it the active one. */
   async putBack(stored, active) {
-    await this._change('PUT', `/profiles/${stored.id}`, { profile: stored.profile, revision: null })
+    await this._change('PUT', `/profiles/${stored.id}`, { profile: stored.profile, revision: null }).catch((error) => {
+      throw error.outdated ? new StoreProblem(t('is_back'), 0) : error
+    })
     if (active) await this.activate(stored.id)
   }
 

@@ -93,10 +93,19 @@ function makeTab(store) {
     }
   }
 
-  function showOverview() {
+  /** @param {string} [id] Of the profile on which the keyboard goes on. */
+  function showOverview(id) {
     open = null
     body.replaceChildren(search, list)
     showList()
+    focusEntry(id, 0)
+  }
+
+  /** @param {string | undefined} id @param {number} place Of the button in its line. */
+  function focusEntry(id, place) {
+    const entry = list.querySelector(`[data-id="${id}"]`) ?? list
+    const target = entry.querySelectorAll('button')[place] ?? list.querySelector('button')
+    if (element.isConnected) target?.focus()
   }
 
   let shown = ''
@@ -105,6 +114,16 @@ function makeTab(store) {
     const toShow = JSON.stringify([store.problem, store.entries, wanted])
     if (toShow === shown) return // so that the keyboard stays where it is
     shown = toShow
+    const focused = list.contains(document.activeElement) ? document.activeElement : null
+    const line = focused?.closest('[data-id]')
+    fillList(wanted)
+    if (line && focused) {
+      focusEntry(line.getAttribute('data-id') ?? undefined, [...line.querySelectorAll('button')].indexOf(/** @type {HTMLButtonElement} */ (focused)))
+    }
+  }
+
+  /** @param {string} wanted What names have to contain. */
+  function fillList(wanted) {
     if (store.problem) {
       list.replaceChildren(h('li', { class: 'psa-problem', role: 'alert' }, store.problem))
       return
@@ -117,15 +136,15 @@ function makeTab(store) {
       return
     }
     const found = store.entries.filter((entry) => profileName(entry.name).toLowerCase().includes(wanted))
-    list.replaceChildren(...found.map(line))
+    list.replaceChildren(...found.map(entryLine))
     if (found.length === 0) list.append(h('li', {}, t('none_found')))
   }
 
   /** @param {Entry} entry */
-  function line(entry) {
+  function entryLine(entry) {
     const name = profileName(entry.name)
     if (entry.problem) {
-      return h('li', { class: 'psa-entry psa-damaged' },
+      return h('li', { class: 'psa-entry psa-damaged', 'data-id': entry.id },
         h('p', { class: 'psa-problem' }, entry.problem),
         h('div', { class: 'psa-buttons' },
           entry.restorable ? button(t('restore'), () => attempt(() => store.restore(entry.id)), 'primary') : null,
@@ -160,15 +179,21 @@ function makeTab(store) {
         save: async (profile) => {
           stored = stored ? await store.save(stored, profile) : await store.create(profile)
           if (isNew && !store.problem && !store.active) await store.activate(stored.id)
-          showOverview()
-          say(t('saved', { name: profileName(profile.name) }))
+          saved(stored)
         },
-        cancel: showOverview
+        saveAsNew: async (profile) => saved(await store.create(profile)),
+        cancel: () => showOverview(stored?.id)
       })
       editing = id
       body.replaceChildren(open.element)
       focus()
     })
+  }
+
+  /** @param {Stored} stored */
+  function saved({ id, profile }) {
+    showOverview(id)
+    say(t('saved', { name: profileName(profile.name) }))
   }
 
   function focus() {
@@ -220,6 +245,7 @@ function makeTab(store) {
   window.addEventListener('beforeunload', (event) => {
     if (open?.changed()) event.preventDefault() // the browser asks
   })
-  showOverview()
+  body.replaceChildren(search, list)
+  showList()
   return { element, edit, focus }
 }
