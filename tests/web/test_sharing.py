@@ -17,7 +17,10 @@ from playwright.sync_api import Page, Request, WebSocket, expect
 from prompts import MARKERS
 
 from comfyui_psa.profiles import Profile, ProfileStore
+from comfyui_psa.profiles.wording import WORDS
 from comfyui_psa.training.comfyui import PACK, ComfyUIServer
+
+BANNED_WORD = WORDS["Self-Harm"][-1]  # of somebody who is twelve
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def everything_sent(page: Page) -> Iterator[list[bytes]]:
 
 
 def names_somebody(content: bytes) -> list[str]:
-    return [marker for marker in MARKERS.values() if marker.encode() in content]
+    return [marker for marker in (*MARKERS.values(), BANNED_WORD) if marker.encode() in content]
 
 
 def graph_that_saves_everything(page: Page) -> None:
@@ -78,6 +81,11 @@ def graph_that_saves_everything(page: Page) -> None:
             app.graph.add(user);
             app.graph.remove(find('PSASafetyLevel'));
             user.connect(0, find('PSAEncodeProfile'), 'profile');
+            const words = LiteGraph.createNode('PSAProfileToPrompt');
+            app.graph.add(words);
+            find('PSALoadMiniature').connect(1, words, 'clip');
+            user.connect(0, words, 'profile');
+            words.connect(0, find('KSampler'), 'negative');
         }""",
         workflow,
     )
