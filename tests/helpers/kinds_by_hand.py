@@ -24,14 +24,15 @@ MLP = TextSpec(form="mlp", num_tokens=1, token_dim=10, inner_dim=8)
 def kinds_adapter(hidden_sizes: tuple[int, ...], context_dim: int, seed: int = 0, **kinds: Any) -> PSAAdapter:
     """An adapter of these kinds alone, in which nothing is zero or one by chance."""
     described: dict[str, Any] = {"constant": False, "null": "none", "hidden_sizes": hidden_sizes, **kinds}
-    adapter = PSAAdapter(
-        AdapterConfig(
-            cross_attention_dim=context_dim,
-            embedding_dim=EMBEDDING_DIM,
-            encoder=EncoderSpec(kind="attributes", name="1"),
-            **described,
-        )
-    ).requires_grad_(False)
+    config = AdapterConfig(
+        cross_attention_dim=context_dim,
+        embedding_dim=EMBEDDING_DIM,
+        encoder=EncoderSpec(kind="attributes", name="1"),
+        **described,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # whatever ran before
+        adapter = PSAAdapter(config).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters():
         parameter.add_(0.4 * torch.randn(parameter.shape, generator=generator))

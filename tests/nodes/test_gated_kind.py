@@ -106,9 +106,15 @@ def test_all_kinds_together_add_up_with_a_neighbour_kind(model: ModelPatcher, ad
 def test_half_precision_loses_no_more_than_the_model_itself(
     weights: dict[str, Tensor], adapter: PSAAdapter, dtype: torch.dtype
 ) -> None:
+    """Over three adapters: how much a random one amplifies what the model rounds differs by a factor of three."""
     half = comfy_model({name: weight.to(dtype) for name, weight in weights.items()}, dtype)
     rounded = comfy_model({name: weight.to(dtype).float() for name, weight in weights.items()})
-    base = difference(run(half, 1.0), run(rounded, 1.0))
-    assert difference(run(apply_psa(half, adapter, users(0)), 1.0), run(apply_psa(rounded, adapter, users(0)), 1.0)) < (
-        3 * base
-    )
+    config = adapter.config
+    adapters = [
+        kinds_adapter(config.hidden_sizes, config.cross_attention_dim, seed=seed, gated=GATED) for seed in range(3)
+    ]
+    losses = [
+        difference(run(apply_psa(half, one, users(0)), 1.0), run(apply_psa(rounded, one, users(0)), 1.0))
+        for one in adapters
+    ]
+    assert sum(losses) / len(losses) < 3 * difference(run(half, 1.0), run(rounded, 1.0))
