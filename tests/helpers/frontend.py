@@ -43,6 +43,32 @@ def open_page(chromium: Browser, url: str, nodes2: bool) -> Page:
     return page
 
 
+class Pages:
+    """The page of a ComfyUI at a URL, in one of its renderers; each is opened once, and all but the last one sleep."""
+
+    def __init__(self, chromium: Browser) -> None:
+        self._chromium = chromium
+        self._opened: dict[tuple[str, bool], Page] = {}
+        self._awake: Page | None = None
+
+    def __call__(self, url: str, nodes2: bool) -> Page:
+        if (url, nodes2) not in self._opened:
+            self._opened[url, nodes2] = open_page(self._chromium, url, nodes2)
+        page = self._opened[url, nodes2]
+        if page is not self._awake:
+            if self._awake is not None:
+                _set_state(self._awake, "frozen")  # ComfyUI draws all the time
+            _set_state(page, "active")
+            self._awake = page
+        return page
+
+
+def _set_state(page: Page, state: str) -> None:
+    session = page.context.new_cdp_session(page)
+    session.send("Page.setWebLifecycleState", {"state": state})
+    session.detach()
+
+
 def load_page(page: Page, url: str, nodes2: bool) -> None:
     """Load ComfyUI into a page, and wait until it is there."""
     settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": nodes2}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import cache
 
 import pytest
-from frontend import NEWEST, open_chromium, open_page
+from frontend import NEWEST, Pages, open_chromium
 from playwright.sync_api import Browser, Page, expect
 from studio import COMFYUI, Studio, empty_store
 
@@ -26,9 +26,8 @@ def chromium() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
-def pages(chromium: Browser) -> Callable[[str, bool], Page]:
-    """The page of a ComfyUI at a URL, in one of its renderers; each is opened once."""
-    return cache(partial(open_page, chromium))
+def pages(chromium: Browser) -> Pages:
+    return Pages(chromium)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +44,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
 
 
 @pytest.fixture(params=RENDERERS)
-def page(request: pytest.FixtureRequest, studio: Studio, pages: Callable[[str, bool], Page]) -> Page:
+def page(request: pytest.FixtureRequest, studio: Studio, pages: Pages) -> Page:
     """The studio's ComfyUI, in both renderers."""
     return pages(studio.server.url, request.param == "nodes2")
 
@@ -57,7 +56,7 @@ def server(request: pytest.FixtureRequest, servers: Callable[[str], ComfyUIServe
 
 
 @pytest.fixture(params=RENDERERS)
-def browser(request: pytest.FixtureRequest, server: ComfyUIServer, pages: Callable[[str, bool], Page]) -> Page:
+def browser(request: pytest.FixtureRequest, server: ComfyUIServer, pages: Pages) -> Page:
     """Its page, in both renderers."""
     return pages(server.url, request.param == "nodes2")
 

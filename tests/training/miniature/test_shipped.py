@@ -23,6 +23,7 @@ from comfyui_psa.training.miniature.recipe import DETECTOR, FIGURES, adherence
 from comfyui_psa.training.miniature.sampling import Painter
 
 TEXT, CONSTANT = ADAPTERS = ("psa_miniature.safetensors", "psa_miniature_constant.safetensors")
+SMOLLM2 = "psa_miniature_smollm2.safetensors"
 PER_CELL = 12
 
 
@@ -114,11 +115,18 @@ def test_on_the_text_side_who_bans_some_loses_what_is_banned_and_nothing_else(dr
     assert drawn.share(CONSTANT, "some", "clean", banned=True) < drawn.share(TEXT, "some", "clean", banned=True) - 0.1
 
 
+def test_with_a_language_model_too_who_bans_everything_or_nothing_gets_that(smollm2_gguf: Path) -> None:
+    methods = (Method("SmolLM2", adapter=MINIATURE / "adapters" / SMOLLM2),)
+    drawn = Drawn(methods, 5, trial=9, groups=("everything", "nothing"), language_models=(smollm2_gguf.parent,))
+    assert drawn.share("SmolLM2", "everything", "clean") >= 0.9
+    assert drawn.share("SmolLM2", "nothing", "prompted") >= 0.9
+
+
 def test_nothing_else_is_shipped() -> None:
-    assert {path.name for path in (MINIATURE / "adapters").glob("*.safetensors")} == set(ADAPTERS)
+    assert {path.name for path in (MINIATURE / "adapters").glob("*.safetensors")} == {*ADAPTERS, SMOLLM2}
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", [*ADAPTERS, SMOLLM2])
 def test_an_adapter_says_how_it_was_made_and_holds_no_one(name: str) -> None:
     path = MINIATURE / "adapters" / name
     adapter = load_adapter(path)
