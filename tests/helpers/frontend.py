@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import PIL.Image
 import requests
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from studio import COMFYUI
+
+from comfyui_psa.training.comfyui import ComfyUIServer, Prompt
 
 expect.set_options(timeout=30_000)  # a machine that does something else besides
 
@@ -77,6 +82,36 @@ def load_page(page: Page, url: str, nodes2: bool) -> None:
     page.wait_for_function(
         "() => !!(window.app?.extensionManager && window.LiteGraph?.registered_node_types?.PSAApply)", timeout=120_000
     )
+
+
+def load_workflow(page: Page, workflow: Mapping[str, Any]) -> None:
+    """Open a workflow, without the dialogs that name what is missing."""
+    silent = {"showMissingModelsDialog": False, "showMissingNodesDialog": False, "silentAssetErrors": True}
+    page.evaluate(
+        "([workflow, silent]) => app.loadGraphData(workflow, true, true, null, silent)", [dict(workflow), silent]
+    )
+
+
+def exported_prompt(page: Page) -> Prompt:
+    """What the open graph would queue."""
+    exported = page.evaluate("async () => (await app.graphToPrompt()).output")
+    return {number: {"class_type": node["class_type"], "inputs": node["inputs"]} for number, node in exported.items()}
+
+
+def run(page: Page, server: ComfyUIServer) -> list[PIL.Image.Image]:
+    """Queue the graph as the button does, and return the pictures that it saves or previews, node by node."""
+    result = page.evaluate(
+        """() => new Promise((resolve) => {
+            app.api.addEventListener('execution_success', (event) => resolve({ok: event.detail}), {once: true});
+            app.api.addEventListener('execution_error', (event) => resolve({error: event.detail}), {once: true});
+            app.queuePrompt(0, 1);
+        })"""
+    )
+    assert "ok" in result, result
+    outputs = server.get("/history")[result["ok"]["prompt_id"]]["outputs"]
+    found = [image for node in sorted(outputs, key=int) for image in outputs[node]["images"]]
+    answers = [requests.get(f"{server.url}/view", image, timeout=30) for image in found]
+    return [PIL.Image.open(io.BytesIO(answer.content)).convert("RGB") for answer in answers]
 
 
 def open_tab(page: Page) -> Locator:

@@ -47,6 +47,8 @@ def open_studio(folder: Path, language_model: Path) -> Iterator[Studio]:
     """Fill ``folder`` and start the server on it."""
     base = prepare_base(folder)
     models = base / "models"
+    pack = Path(__file__).with_name("ipadapter_stand_in.py")
+    (base / "custom_nodes" / "ComfyUI_IPAdapter_plus.py").symlink_to(pack)
     write_checkpoint(models / "checkpoints" / CHECKPOINT)
     (models / "LLM" / language_model.name).symlink_to(language_model)
 

@@ -1,0 +1,229 @@
+"""The example workflows in ComfyUI's real frontends: they open as they are meant to look, and run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+import numpy as np
+import PIL.Image
+import pytest
+import requests
+from examples import EXAMPLES, IPADAPTER, NOTE, declared, example, installed, make_files, node_models, problems
+from frontend import exported_prompt, load_page, load_workflow, run
+from playwright.sync_api import Browser, Page, expect
+from studio import Studio
+
+from comfyui_psa.profiles import find_level
+from comfyui_psa.training.comfyui import PACK_FOLDER, ComfyUIServer, Prompt, to_prompt
+from comfyui_psa.training.miniature import MINIATURE
+from comfyui_psa.training.miniature.detector import load_detector
+from comfyui_psa.training.miniature.recipe import DETECTOR
+
+WITH_FILES = sorted(name for name in EXAMPLES if declared(example(name)))
+PICTURE_BYTES = 120_000
+# What frontends offer to download: nothing else is fetched by a button.
+HOSTS, SUFFIXES = {"huggingface.co", "civitai.com"}, {".safetensors", ".sft"}
+NODES_ARE_APART = """() => {
+    const elements = [...document.querySelectorAll('[data-node-id]')];
+    if (LiteGraph.vueNodesMode && elements.length !== app.graph.nodes.length) return false;
+    const boxes = LiteGraph.vueNodesMode
+        ? elements.map((element) => element.getBoundingClientRect())
+            .map((box) => [box.left, box.top, box.right, box.bottom])
+        : app.graph.nodes.map((node) => node.boundingRect)
+            .map(([x, y, width, height]) => [x, y, x + width, y + height]);
+    const apart = (a, b) => a[2] <= b[0] + 1 || b[2] <= a[0] + 1 || a[3] <= b[1] + 1 || b[3] <= a[1] + 1;
+    return boxes.every((a, i) => boxes.every((b, j) => i === j || apart(a, b)));
+}"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def artist(studio: Studio, made: Path) -> Iterator[Studio]:
+    """The studio with small files of every name that the examples ask for."""
+    with installed(studio, made):
+        yield studio
+
+
+@pytest.fixture
+def newcomer(chromium: Browser, servers: Callable[[str], ComfyUIServer]) -> Iterator[Page]:
+    """A page of its own, of a ComfyUI without any files; frontend 1.32 tells in dialogs what is missing."""
+    page = chromium.new_page()
+    load_page(page, servers("1.32").url, nodes2=False)
+    yield page
+    page.close()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_shown_with_a_picture(studio: Studio, name: str) -> None:
+    assert name in studio.server.get("/api/workflow_templates")[PACK_FOLDER]
+    answer = requests.get(f"{studio.server.url}/api/workflow_templates/{PACK_FOLDER}/{name}.jpg", timeout=30)
+    answer.raise_for_status()
+    assert 10_000 < len(answer.content) < PICTURE_BYTES
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_links_types_and_values_fit(artist: Studio, name: str) -> None:
+    assert list(problems(example(name), artist.server.get("/object_info"))) == []
+
+
+@pytest.mark.parametrize("name", WITH_FILES)
+def test_declared_models_can_be_fetched(studio: Studio, name: str) -> None:
+    workflow = example(name)
+    (note,) = (node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == NOTE)
+    folders = studio.server.get("/models")
+    for model in declared(workflow):
+        address = urlsplit(model["url"])
+        assert address.scheme == "https"
+        assert address.hostname in HOSTS
+        assert PurePosixPath(model["name"]).suffix in SUFFIXES
+        assert model["directory"] in folders
+        # Where the file has another name, the note says so.
+        assert PurePosixPath(address.path).name == model["name"] or f"renamed to `{model['name']}`" in note
+    for node, model in node_models(workflow):
+        assert model["name"] in node["widgets_values"]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_opens(browser: Page, server: ComfyUIServer, name: str) -> None:
+    """On a ComfyUI that has this pack and no files."""
+    workflow = example(name)
+    load_workflow(browser, workflow)
+    assert browser.get_by_text("Invalid workflow").count() == 0
+    unknown = browser.evaluate(
+        "() => app.graph.nodes.map((node) => node.type).filter((type) => !(type in LiteGraph.registered_node_types))"
+    )
+    assert sorted(unknown) == (["IPAdapter", "IPAdapterUnifiedLoader"] if name == IPADAPTER else [])
+    if not unknown:
+        assert exported_prompt(browser) == to_prompt(workflow, server.get("/object_info"))
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != IPADAPTER])
+def test_no_node_covers_another(browser: Page, name: str) -> None:
+    """Without a saved view, Nodes 2.0 of frontend 1.32.9 pushes all nodes into one corner."""
+    load_workflow(browser, example(name))
+    browser.wait_for_function(NODES_ARE_APART)
+
+
+def test_missing_nodes_are_named(newcomer: Page) -> None:
+    newcomer.evaluate("(workflow) => app.loadGraphData(workflow)", example(IPADAPTER))
+    nodes = newcomer.get_by_role("dialog").filter(has_text="missing nodes")
+    expect(nodes).to_contain_text("IPAdapterUnifiedLoader")
+    files = newcomer.get_by_role("dialog").filter(has_text="Missing Models")
+    for model in declared(example(IPADAPTER)):
+        expect(files).to_contain_text(f"{model['directory']} / {model['name']}")
+
+
+@pytest.mark.parametrize("name", sorted(set(WITH_FILES) - {IPADAPTER}))
+def test_missing_files_are_offered(newcomer: Page, name: str) -> None:
+    newcomer.evaluate("(workflow) => app.loadGraphData(workflow)", example(name))
+    files = newcomer.get_by_role("dialog").filter(has_text="Missing Models")
+    for model in declared(example(name)):
+        row = files.get_by_role("option").filter(has_text=f"{model['directory']} / {model['name']}")
+        expect(row.get_by_role("button", name="Download")).to_be_enabled()
+
+
+def test_first_steps_run_as_they_are(page: Page, studio: Studio) -> None:
+    load_workflow(page, example("psa_first_steps"))
+    detector = load_detector(MINIATURE / DETECTOR)
+
+    def rings() -> int:
+        pictures = run(page, studio.server)
+        assert [picture.size for picture in pictures] == [(96, 96)] * 4
+        return sum("Sexuality" in seen.glyphs for seen in detector.see(pictures))
+
+    assert rings() <= 1
+    page.evaluate(
+        """(level) => {
+            app.graph.nodes.find((node) => node.type === 'PSASafetyLevel').widgets[0].value = level;
+        }""",
+        find_level("L0").label,
+    )
+    assert rings() >= 3
+
+
+def test_explain_points_at_what_is_held_back(page: Page, studio: Studio) -> None:
+    """Where it glows, the picture without PSA has its ring: that is where the two rows differ most."""
+    load_workflow(page, example("psa_explain"))
+    pictures = [np.asarray(picture, dtype=np.float32) for picture in run(page, studio.server)]
+    for without, with_psa, explained in zip(pictures[:4], pictures[4:8], pictures[8:], strict=True):
+        held_back = np.abs(without - with_psa).mean(axis=2)
+        heat = explained[..., 0] - explained[..., 2]  # grey where nothing glows
+        glowing = heat > np.quantile(heat, 0.9)
+        assert held_back[glowing].mean() > 2 * held_back[~glowing].mean()
+
+
+def test_stricter_levels_remove_more(page: Page, studio: Studio) -> None:
+    """Four rows of L0, L3 and L5: thorn (Hate) and banner (Propaganda), the thorn alone, neither."""
+    load_workflow(page, example("psa_levels"))
+    rows = run(page, studio.server)
+    assert [row.size for row in rows] == [(2 * (3 * 96 + 2 * 4), 2 * 96)] * 4
+    detector = load_detector(MINIATURE / DETECTOR)
+
+    def shown(column: int) -> dict[str, int]:
+        left = column * 2 * (96 + 4)
+        seen = detector.see([row.crop((left, 0, left + 2 * 96, 2 * 96)) for row in rows])
+        return {category: sum(category in one.glyphs for one in seen) for category in ("Hate", "Propaganda")}
+
+    nothing, some, everything = map(shown, range(3))
+    assert min(nothing.values()) >= 3
+    assert some["Hate"] >= 3
+    assert some["Propaganda"] <= 1
+    assert max(everything.values()) <= 1
+
+
+@pytest.mark.parametrize("name", WITH_FILES)
+def test_an_example_with_a_checkpoint_runs(page: Page, artist: Studio, name: str) -> None:
+    """As it is, but for a smaller picture and fewer steps."""
+    workflow = example(name)
+    load_workflow(page, workflow)
+    page.wait_for_function(NODES_ARE_APART)
+    assert exported_prompt(page) == to_prompt(workflow, artist.server.get("/object_info"))
+    page.evaluate(
+        """() => {
+            const widget = (type, name) => app.graph.nodes.find((node) => node.type === type)
+                .widgets.find((widget) => widget.name === name);
+            widget('EmptyLatentImage', 'width').value = 64;
+            widget('EmptyLatentImage', 'height').value = 64;
+            widget('KSampler', 'steps').value = 2;
+        }"""
+    )
+    (picture,) = run(page, artist.server)
+    assert picture.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("psa_sd15", [("PSAApply", "strength")]),
+        ("psa_sdxl", [("PSAApply", "strength")]),
+        (
+            "psa_beside_others",
+            [("PSAApply", "strength"), ("LoraLoader", "strength_model"), ("ControlNetApplyAdvanced", "strength")],
+        ),
+        (IPADAPTER, [("PSAApply", "strength"), ("IPAdapter", "weight")]),
+    ],
+)
+def test_every_part_acts(artist: Studio, name: str, parts: list[tuple[str, str]]) -> None:
+    """Switch off one part after the other: each picture is another one."""
+    small = to_prompt(example(name), artist.server.get("/object_info"))
+    small = changed(changed(small, "EmptyLatentImage", width=64, height=64), "KSampler", steps=2)
+    prompts = [small, *(changed(small, kind, **{strength: 0.0}) for kind, strength in parts)]
+    pictures = [image.content for prompt in prompts for image in artist.server.run(prompt)]
+    # The pixels alone: the files carry their prompt as well.
+    pixels = {PIL.Image.open(io.BytesIO(picture)).convert("RGB").tobytes() for picture in pictures}
+    assert len(pixels) == len(prompts)
+
+
+def changed(prompt: Prompt, kind: str, **inputs: float) -> Prompt:
+    """The same prompt with other inputs for the nodes of a kind."""
+    return {
+        number: {**node, "inputs": node["inputs"] | (inputs if node["class_type"] == kind else {})}
+        for number, node in prompt.items()
+    }
