@@ -13,7 +13,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiohttp import web
 from comfy.cli_args import args
@@ -33,44 +33,46 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 REFUSED = "refused: "  # in place of a reference, with the reason behind it
 
-_asking: ContextVar[str | None] = ContextVar("psa_account", default=None)
-_refused: ContextVar[str | None] = ContextVar("psa_refused", default=None)
+
+class _Asker(NamedTuple):
+    """Whose request is answered: the account, if it is known, and why another page's is refused."""
+
+    account: str | None = None
+    refused: str | None = None
+
+
+_NOBODY = _Asker()
+
+_asker: ContextVar[_Asker] = ContextVar("psa_asker", default=_NOBODY)
 _owners: OrderedDict[str, str | None] = OrderedDict()
 _lock = threading.Lock()
 
 
 def register(server: Any) -> None:
-    """Begin to note accounts; ``server`` is ComfyUI's PromptServer, before it starts."""
-    server.add_on_prompt_handler(_drop_fingerprints)
+    """Begin to note who asks; ``server`` is ComfyUI's PromptServer, before it starts."""
 
     @web.middleware
-    async def note_page(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    async def note(request: web.Request, handler: _Handler) -> web.StreamResponse:
         # Programs name no origin, and reach a server by whatever name; pages name theirs with every prompt.
-        token = _refused.set(foreign(request) if "Origin" in request.headers else None)
+        refused = foreign(request) if "Origin" in request.headers else None
+        token = _asker.set(_Asker(_account(server, request), refused))
         try:
             return await handler(request)
         finally:
-            _refused.reset(token)
+            _asker.reset(token)
 
-    server.app.middlewares.append(note_page)
+    server.app.middlewares.append(note)
+    server.add_on_prompt_handler(_drop_fingerprints)
     server.add_on_prompt_handler(_refuse_other_pages)
-    if not args.multi_user:
-        return
+    if args.multi_user:
+        server.add_on_prompt_handler(_note_prompt)
 
-    @web.middleware
-    async def note_account(request: web.Request, handler: _Handler) -> web.StreamResponse:
-        try:
-            account = server.user_manager.get_request_user_id(request)
-        except KeyError:
-            account = None
-        token = _asking.set(account)
-        try:
-            return await handler(request)
-        finally:
-            _asking.reset(token)
 
-    server.app.middlewares.append(note_account)
-    server.add_on_prompt_handler(_note_prompt)
+def _account(server: Any, request: web.Request) -> str | None:
+    try:
+        return str(server.user_manager.get_request_user_id(request)) if args.multi_user else None
+    except KeyError:
+        return None
 
 
 def current_account() -> str | None:
@@ -83,7 +85,7 @@ def current_account() -> str | None:
         return None
     running = get_executing_context()
     with _lock:
-        account = _owners.get(running.prompt_id) if running else _asking.get()
+        account = _owners.get(running.prompt_id) if running else _asker.get().account
     if account is None:
         raise UnknownAccountError(
             "This ComfyUI has accounts, and it is not known which of them asks, so nobody's profile can be "
@@ -97,7 +99,7 @@ def _refuse_other_pages(body: dict[str, Any]) -> dict[str, Any]:
 
     A handler cannot refuse a prompt, but the node can (``profile_nodes.py``).
     """
-    problem = _refused.get()
+    problem = _asker.get().refused
     for node in _nodes(body) if problem else ():
         if node.get("class_type") == "PSAUserProfile":
             node["inputs"] = {"profile_id": f"{REFUSED}{problem}"}
@@ -112,7 +114,7 @@ def _nodes(body: dict[str, Any]) -> list[dict[str, Any]]:
 def _note_prompt(body: dict[str, Any]) -> dict[str, Any]:
     prompt_id = str(uuid.uuid4())  # never one that is sent along: somebody else's prompt may wait under it
     with _lock:
-        _owners[prompt_id] = _asking.get()
+        _owners[prompt_id] = _asker.get().account
         while len(_owners) > _REMEMBERED:
             _owners.popitem(last=False)
     return {**body, "prompt_id": prompt_id}

@@ -98,15 +98,21 @@ def exported_prompt(page: Page) -> Prompt:
     return {number: {"class_type": node["class_type"], "inputs": node["inputs"]} for number, node in exported.items()}
 
 
-def run(page: Page, server: ComfyUIServer) -> list[PIL.Image.Image]:
-    """Queue the graph as the button does, and return the pictures that it saves or previews, node by node."""
-    result = page.evaluate(
+def queue(page: Page) -> dict[str, Any]:
+    """Queue the graph as the button does, and wait for its success ("ok") or its error."""
+    result: dict[str, Any] = page.evaluate(
         """() => new Promise((resolve) => {
             app.api.addEventListener('execution_success', (event) => resolve({ok: event.detail}), {once: true});
             app.api.addEventListener('execution_error', (event) => resolve({error: event.detail}), {once: true});
             app.queuePrompt(0, 1);
         })"""
     )
+    return result
+
+
+def run(page: Page, server: ComfyUIServer) -> list[PIL.Image.Image]:
+    """Queue the graph, and return the pictures that it saves or previews, node by node."""
+    result = queue(page)
     assert "ok" in result, result
     outputs = server.get("/history")[result["ok"]["prompt_id"]]["outputs"]
     found = [image for node in sorted(outputs, key=int) for image in outputs[node]["images"]]
@@ -119,6 +125,19 @@ def open_tab(page: Page) -> Locator:
     tab = page.get_by_role("region", name="Safety Profiles")
     expect(tab).to_be_visible()
     return tab
+
+
+def add_node(page: Page, node_type: str) -> None:
+    """Put a node into the middle of the canvas, and select it."""
+    page.evaluate(
+        """(type) => {
+            const node = LiteGraph.createNode(type);
+            app.graph.add(node);
+            app.canvas.centerOnNode(node);
+            app.canvas.selectItems([node]);
+        }""",
+        node_type,
+    )
 
 
 def add_card(page: Page, reference: str = "active") -> Locator:

@@ -21,7 +21,7 @@ from comfyui_psa.nodes.miniature_model import Miniature
 from comfyui_psa.training.miniature import MINIATURE, PEOPLE, SEED
 from comfyui_psa.training.miniature.architecture import make_autoencoder, make_scheduler, make_text_encoder, make_unet
 from comfyui_psa.training.miniature.cases import draw_cases
-from comfyui_psa.training.miniature.evaluation import Outcome, Studio
+from comfyui_psa.training.miniature.evaluation import Embeddings, Outcome, Studio
 from comfyui_psa.training.miniature.methods import Method
 from comfyui_psa.training.miniature.people import GROUPS, Group
 from comfyui_psa.training.miniature.recipe import DETECTOR
@@ -106,10 +106,17 @@ def edit(folder: Path, name: str, **changes: Any) -> None:
 class Drawn:
     """What methods make of prompts with a glyph, for people in the training; others are kept for the results."""
 
-    def __init__(self, methods: Sequence[Method], per_cell: int, trial: int, groups: Sequence[Group] = GROUPS) -> None:
+    def __init__(
+        self,
+        methods: Sequence[Method],
+        per_cell: int,
+        trial: int,
+        groups: Sequence[Group] = GROUPS,
+        language_models: Sequence[Path] = (),
+    ) -> None:
         drawn = draw_cases(per_cell, PEOPLE, SEED, trial)
         cases = [case for case in drawn if case.category and not case.unseen and case.group in groups]
-        studio = Studio(MINIATURE, MINIATURE / DETECTOR)
+        studio = Studio(MINIATURE, MINIATURE / DETECTOR, Embeddings(language_models))
         self._outcomes: dict[str, list[Outcome]] = {method.name: studio.draw(method, cases) for method in methods}
 
     def share(self, method: str, group: str, measure: str, banned: bool | None = None) -> float:

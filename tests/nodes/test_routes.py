@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import requests
+from examples import example
 from studio import COMFYUI, empty_store
 
 from comfyui_psa.profiles import CATEGORIES, Profile, ProfileStore, StoredProfile, levels
-from comfyui_psa.training.comfyui import PACK, ComfyUIServer, prepare_base, to_prompt
+from comfyui_psa.training.comfyui import ComfyUIServer, prepare_base, to_prompt
 
 MARKER = "Zorblaxism"
 PROFILE = {"name": "evening", "age": 12, "religion": MARKER, "overrides": {"Propaganda": "ban"}, "notes": MARKER}
@@ -258,8 +259,7 @@ REBOUND = {"Host": "rebound.example.org:8188", "Origin": "http://rebound.example
 def test_a_prompt_of_another_page_reads_no_profile(server: ComfyUIServer, store: ProfileStore) -> None:
     """ComfyUI takes it, as host and origin agree: a page gave its own name this machine's address."""
     store.activate(store.create(Profile(overrides={"Hate": "ban"})).id)
-    workflow = json.loads((PACK / "example_workflows" / "psa_first_steps.json").read_text(encoding="utf-8"))
-    prompt = to_prompt(workflow, server.get("/object_info"))
+    prompt = to_prompt(example("psa_first_steps"), server.get("/object_info"))
     (node,) = (node for node in prompt.values() if node["class_type"] == "PSASafetyLevel")
     (sampler,) = (node for node in prompt.values() if node["class_type"] == "KSampler")
     sampler["inputs"]["steps"] = 1

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
-from frontend import add_card, banned, open_tab, violations
+from examples import example
+from frontend import add_card, add_node, banned, open_tab, violations
 from playwright.sync_api import Locator, Page, expect
 
 from comfyui_psa.profiles import Profile, ProfileStore
-from comfyui_psa.training.comfyui import PACK
 
 MARKER = "Zorblaxism"
 
@@ -63,15 +62,9 @@ def test_names_stay_out_of_nodes_and_new_nodes_begin_with_another_profile_if_som
         page.evaluate("() => app.extensionManager.setting.set('PSA.DefaultProfile', 'active')")
 
 
-def first_steps() -> dict[str, Any]:
-    content = (PACK / "example_workflows" / "psa_first_steps.json").read_text(encoding="utf-8")
-    workflow: dict[str, Any] = json.loads(content)
-    return workflow
-
-
 def open_with_reference(page: Page, reference: str) -> None:
     """Open first steps, as people do, under the profile with this reference."""
-    workflow = first_steps()
+    workflow = example("psa_first_steps")
     (node,) = (node for node in workflow["nodes"] if node["type"] == "PSASafetyLevel")
     node |= {"type": "PSAUserProfile", "widgets_values": [reference]}
     page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
@@ -142,7 +135,7 @@ def test_a_profile_that_is_here_is_not_asked_about(page: Page, store: ProfileSto
 
 
 def test_apply_psa_shows_what_it_does(page: Page) -> None:
-    page.evaluate("(workflow) => app.loadGraphData(workflow)", first_steps())
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", example("psa_first_steps"))
     card = page.get_by_role("group", name="What PSA does here")
     expect(card.get_by_role("status")).to_have_text("Acts at strength 1")
     assert facts(card) == {
@@ -173,7 +166,7 @@ def in_a_subgraph(page: Page) -> None:
             app.graph.convertToSubgraph(new Set(inside));
             await app.loadGraphData(app.graph.serialize());
         }""",
-        first_steps(),
+        example("psa_first_steps"),
     )
 
 
@@ -236,14 +229,7 @@ def set_widget(page: Page, node_type: str, name: str, value: object) -> None:
 
 
 def test_apply_psa_says_clearly_when_it_does_nothing(page: Page) -> None:
-    page.evaluate(
-        """() => {
-            const node = LiteGraph.createNode('PSAApply');
-            app.graph.add(node);
-            app.canvas.centerOnNode(node);
-            app.canvas.selectItems([node]);
-        }"""
-    )
+    add_node(page, "PSAApply")
     set_widget(page, "PSAApply", "strength", 0)
     badge = page.get_by_role("group", name="What PSA does here").get_by_role("status")
     expect(badge).to_have_text("Off: strength 0 is the base model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import PIL.Image
 import pytest
+from frontend import add_node
 from playwright.sync_api import Page, expect
 from schemas import SCHEMAS
 
@@ -24,14 +25,7 @@ def test_every_node_has_a_page_with_a_picture(node: str) -> None:
 
 
 def test_the_page_is_in_comfyuis_help(empty_page: Page) -> None:
-    empty_page.evaluate(
-        """() => {
-            const node = LiteGraph.createNode('PSAApply');
-            app.graph.add(node);
-            app.canvas.centerOnNode(node);
-            app.canvas.selectItems([node]);
-        }"""
-    )
+    add_node(empty_page, "PSAApply")
     empty_page.get_by_test_id("info-button").click()
     picture = empty_page.get_by_role("img", name="The node Apply PSA")
     expect(picture).to_be_visible()

@@ -7,18 +7,18 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import PIL.Image
 import pytest
 import requests
-from frontend import add_card, load_page, open_tab
+from examples import example
+from frontend import add_card, load_page, open_tab, queue
 from playwright.sync_api import Page, Request, WebSocket, expect
 from prompts import MARKERS
 
 from comfyui_psa.profiles import Profile, ProfileStore
 from comfyui_psa.profiles.wording import WORDS
-from comfyui_psa.training.comfyui import PACK, ComfyUIServer
+from comfyui_psa.training.comfyui import ComfyUIServer
 
 BANNED_WORD = WORDS["Self-Harm"][-1]  # of somebody who is twelve
 
@@ -60,7 +60,6 @@ def names_somebody(content: bytes) -> list[str]:
 
 def graph_that_saves_everything(page: Page) -> None:
     """First steps under the active profile: a picture as PNG and WebP, its latent, and the model."""
-    workflow = json.loads((PACK / "example_workflows" / "psa_first_steps.json").read_text(encoding="utf-8"))
     page.evaluate(
         """async (workflow) => {
             await app.loadGraphData(workflow);
@@ -87,19 +86,8 @@ def graph_that_saves_everything(page: Page) -> None:
             user.connect(0, words, 'profile');
             words.connect(0, find('KSampler'), 'negative');
         }""",
-        workflow,
+        example("psa_first_steps"),
     )
-
-
-def queue(page: Page) -> dict[str, Any]:
-    result: dict[str, Any] = page.evaluate(
-        """() => new Promise((resolve) => {
-            app.api.addEventListener('execution_success', (event) => resolve({ok: event.detail}), {once: true});
-            app.api.addEventListener('execution_error', (event) => resolve({error: event.detail}), {once: true});
-            app.queuePrompt(0, 1);
-        })"""
-    )
-    return result
 
 
 def run_command(page: Page, command: str, answer: str | None = None) -> None:

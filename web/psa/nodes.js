@@ -47,10 +47,12 @@ export function whileShown(node, start) {
   }
   after(node, 'onAdded', () => {
     if (stops.length > 0) return
-    stops = [start()]
-    let first = true // in which a subgraph may still be on its way into the graph
-    stops.push(follow(() => first || isInGraph(node), () => { if (!first && !isInGraph(node)) end() }))
-    first = false
+    // From the next frame on: by then a subgraph is in the graph as well.
+    let next = requestAnimationFrame(function look() {
+      if (isInGraph(node)) next = requestAnimationFrame(look)
+      else end()
+    })
+    stops = [start(), () => cancelAnimationFrame(next)]
   })
   after(node, 'onRemoved', end)
 }

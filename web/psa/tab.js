@@ -114,12 +114,11 @@ function makeTab(store) {
     const toShow = JSON.stringify([store.problem, store.entries, wanted])
     if (toShow === shown) return // so that the keyboard stays where it is
     shown = toShow
-    const focused = list.contains(document.activeElement) ? document.activeElement : null
-    const line = focused?.closest('[data-id]')
+    /** @type {HTMLElement | null} */
+    const line = list.querySelector('[data-id]:focus-within')
+    const place = [...(line?.querySelectorAll('button') ?? [])].findIndex((one) => one === document.activeElement)
     fillList(wanted)
-    if (line && focused) {
-      focusEntry(line.getAttribute('data-id') ?? undefined, [...line.querySelectorAll('button')].indexOf(/** @type {HTMLButtonElement} */ (focused)))
-    }
+    if (line) focusEntry(line.dataset.id, place)
   }
 
   /** @param {string} wanted What names have to contain. */
