@@ -2,7 +2,7 @@
 
 The layers are those of SD1.5 at 512 pixels and of SDXL at 1024, with classifier-free guidance. What a method adds is
 counted and timed alone, layer by layer, and set against a whole step of the UNet: in a step's own time the smallest of
-these shares would drown in noise.
+these shares would drown in noise. On a CUDA device it is timed there, in float16, else on the CPU in float32.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import comfy.model_detection
@@ -28,6 +29,9 @@ from comfyui_psa.training.synthetic import SD15, SDXL, UNetShape, random_weights
 ROUNDS = 5
 IMAGE_TOKENS = 4  # of an IPAdapter
 GATED = GatedSpec()
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.float16 if DEVICE.type == "cuda" else torch.float32
+REPEATS = 50 if DEVICE.type == "cuda" else 1  # a GPU is not waited for after each layer
 
 # A method at one layer: what comes out of attention and what went in, ``[2, positions, hidden]``, and their heads.
 Added = Callable[[Tensor, Tensor], Tensor]
@@ -138,16 +142,17 @@ def measure_base(name: str, shape: UNetShape, latent: int, head_options: dict[st
     """Count a step of a ComfyUI UNet on the meta device, and time one with random weights."""
     shapes = dict(unet_shapes(shape))
     config = comfy.model_detection.detect_unet_config({k: torch.empty(v, device="meta") for k, v in shapes.items()}, "")
-    config = {**config, **head_options, "dtype": torch.float32, "operations": comfy.ops.disable_weight_init}
+    config = {**config, **head_options, "dtype": DTYPE, "operations": comfy.ops.disable_weight_init}
 
-    def step(device: str) -> tuple[UNetModel, Callable[[], Tensor]]:
-        unet = UNetModel(**config, device=device).eval()
-        x, t = torch.randn(2, 4, latent, latent, device=device), torch.ones(2, device=device)
-        text = torch.randn(2, 77, shape.context_dim, device=device)
-        y = torch.randn(2, shape.adm_channels, device=device) if shape.adm_channels else None
+    def step() -> tuple[UNetModel, Callable[[], Tensor]]:
+        unet = UNetModel(**config).eval()
+        x, t = torch.randn(2, 4, latent, latent), torch.ones(2)
+        text = torch.randn(2, 77, shape.context_dim)
+        y = torch.randn(2, shape.adm_channels) if shape.adm_channels else None
         return unet, lambda: unet(x, t, context=text, y=y)
 
-    unet, run = step("meta")
+    with defaults(torch.device("meta")):
+        unet, run = step()
     layers: list[Layer] = []
     for site in find_sites(unet):
         attention = unet.get_submodule(site.path)
@@ -156,13 +161,15 @@ def measure_base(name: str, shape: UNetShape, latent: int, head_options: dict[st
                 Layer(args[0].shape[1], args[0].shape[2], module.heads, shape.context_dim)
             )
         )
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, defaults(torch.device("meta")):
         run()
     seconds = float("nan")
     if timed:
-        unet, run = step("cpu")
+        with defaults(DEVICE):
+            unet, run = step()
         unet.load_state_dict(random_weights(iter(shapes.items()), torch.Generator().manual_seed(0)))
-        seconds = _fastest(run, 2)
+        with defaults(DEVICE):
+            seconds = _fastest(run, 2)
     return Base(name, tuple(layers), counter.get_total_flops(), seconds)
 
 
@@ -173,25 +180,47 @@ def measure(method: Callable[[Layer], Added] | None, layers: tuple[Layer, ...]) 
         return Cost(0, 0, 0)
     operations, flops, seconds = 0, 0, 0.0
     for layer, times in Counter(layers).items():
-        add = method(layer)
-        out, n = torch.randn(2, 2, layer.positions, layer.hidden)
+        with defaults(DEVICE):
+            add = method(layer)
+            out, n = torch.randn(2, 2, layer.positions, layer.hidden)
+            seconds += _fastest(lambda add=add, out=out, n=n: add(out, n), ROUNDS, REPEATS) * times
         with OperationCounter() as counter:
             add(out, n)
         with FlopCounterMode(display=False) as flop_counter:
             add(out, n)
         operations += counter.count * times
         flops += flop_counter.get_total_flops() * times
-        seconds += _fastest(lambda add=add, out=out, n=n: add(out, n), ROUNDS) * times
     return Cost(operations / len(layers), flops, seconds)
 
 
-def _fastest(run: Callable[[], Any], rounds: int) -> float:
+def _fastest(run: Callable[[], Any], rounds: int, repeats: int = 1) -> float:
+    """Return the seconds of one run, of the fastest of several rounds."""
     seconds = []
     for _ in range(rounds):
+        _wait()
         start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
+        for _ in range(repeats):
+            run()
+        _wait()
+        seconds.append((time.perf_counter() - start) / repeats)
     return min(seconds)
+
+
+def _wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def defaults(device: torch.device) -> Iterator[None]:
+    """Within the block, make tensors and modules on ``device``, in the precision that is measured."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPE)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def table(timed: bool = True) -> Iterator[str]:
@@ -204,7 +233,7 @@ def table(timed: bool = True) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- |"
     for arguments in track(bases, "Kinds"):
         base = measure_base(*arguments, timed)
-        yield f"| {base.name} | none | | {base.flops / 1e12:.2f} T | {base.seconds:.1f} s |"
+        yield f"| {base.name} | none | | {base.flops / 1e12:.2f} T | {base.seconds:.3g} s |"
         for name, method in METHODS.items():
             cost = measure(method, base.layers)
             share = f"+{cost.flops / base.flops:.2%} | +{cost.seconds / base.seconds:.2%}"

@@ -264,11 +264,12 @@ class StraightforwardTrainer:
 
 
 def _unet(setting: Setting) -> UNet2DConditionModel:
-    return _frozen(UNet2DConditionModel(**setting.family.unet), setting)
+    with torch.device(setting.device):  # weights are drawn where they will be
+        return _frozen(UNet2DConditionModel(**setting.family.unet), setting)
 
 
 def _text_encoder(sizes: Mapping[str, Any]) -> nn.Module:
-    if sizes is _CLIP_G:
+    if sizes == _CLIP_G:  # an equal one: settings travel to other processes
         return CLIPTextModelWithProjection(CLIPTextConfig(**sizes, hidden_act="gelu", projection_dim=1280))
     return CLIPTextModel(CLIPTextConfig(**sizes))
 

@@ -14,6 +14,8 @@ import torch
 # Before any other part of ComfyUI: the tests need no GPU. `PSA_TEST_DEVICE=cuda pytest tests/nodes` runs those of the
 # patch on one.
 comfy.cli_args.args.cpu = os.environ.get("PSA_TEST_DEVICE", "cpu") != "cuda"
+if not comfy.cli_args.args.cpu:  # where ComfyUI would choose half precision
+    comfy.cli_args.args.force_fp32 = comfy.cli_args.args.fp32_vae = comfy.cli_args.args.fp32_text_enc = True
 
 # Tiny models are many times faster on one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

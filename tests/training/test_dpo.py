@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from comfyui_psa.training.dpo.inputs import Text, UNetInputs
 from comfyui_psa.training.dpo.loss import PairErrors, diffusion_dpo_loss
 from comfyui_psa.training.dpo.policy import Policy, configure_unet
 from comfyui_psa.training.dpo.trainable import TrainableAdapter, standardise
+from comfyui_psa.training.errors import TrainingError
 
 BETA = 5000.0
 
@@ -254,13 +256,32 @@ def test_a_compiled_unet_gives_the_same_and_is_not_compiled_again() -> None:
         assert torch.allclose(a, b, rtol=1e-5)
 
 
+def stand_in_for_xformers(monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Tensor]) -> None:
+    """Of xformers only the kernel, and the GPU it needs, are replaced."""
+    kernels = SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=kernel))
+    monkeypatch.setattr(attention_processor, "xformers", kernels, raising=False)
+    monkeypatch.setattr(attention_processor, "is_xformers_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # Diffusers tries the kernel once on random numbers that it draws on the GPU.
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, device=None, **more: randn(*size, **more))
+
+
+def test_xformers_for_another_torch_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_kernel(*_: Tensor, **__: object) -> Tensor:
+        raise NotImplementedError("No operator found for `memory_efficient_attention_forward`\nwith inputs: ...")
+
+    stand_in_for_xformers(monkeypatch, no_kernel)
+    with pytest.raises(TrainingError, match=r'"xformers" cannot be used here \(No operator found .*\)\. .*"sdpa"'):
+        configure_unet(tiny_unet(), ModelSection(base=Path("base"), attention="xformers"))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_xformers_attention_gives_the_same_loss_and_gradients(
     monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
-    """The switch of the configuration, as a whole; of xformers only the kernel, and the GPU it needs, are replaced."""
+    """The switch of the configuration, as a whole."""
     calls = []
-    randn = torch.randn
 
     def memory_efficient_attention(
         query: Tensor, key: Tensor, value: Tensor, attn_bias: Tensor | None = None, p: float = 0.0,
@@ -269,12 +290,7 @@ def test_xformers_attention_gives_the_same_loss_and_gradients(
         calls.append(query.shape)
         return F.scaled_dot_product_attention(query, key, value, attn_bias, p, scale=scale)
 
-    kernels = SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=memory_efficient_attention))
-    monkeypatch.setattr(attention_processor, "xformers", kernels, raising=False)
-    monkeypatch.setattr(attention_processor, "is_xformers_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    # Diffusers tries the kernel once on random numbers that it draws on the GPU.
-    monkeypatch.setattr(torch, "randn", lambda *size, device=None, **more: randn(*size, **more))
+    stand_in_for_xformers(monkeypatch, memory_efficient_attention)
     results = []
     for xformers in (False, True):
         unet = tiny_unet()

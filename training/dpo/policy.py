@@ -114,12 +114,12 @@ def configure_unet(unet: UNet2DConditionModel, section: ModelSection) -> None:
     """Switch on what the configuration asks for: xformers, gradient checkpointing.
 
     Raises:
-        TrainingError: xformers is not installed, or not for this device.
+        TrainingError: xformers is not installed, or not for this device or this torch.
     """
     if section.attention == "xformers":
         try:
             unet.enable_xformers_memory_efficient_attention()
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, NotImplementedError) as error:  # the last: it was built for another torch
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise TrainingError(
                 f'model.attention = "xformers" cannot be used here ({reason}). Install xformers for this torch on a '
