@@ -4,6 +4,7 @@ Knows nothing of ComfyUI, diffusers or language models.
 """
 
 from .adapter import PSAAdapter, UserEffect
+from .algebra import joined, mixed, users_of
 from .config import PAPER_CATEGORIES, AdapterConfig, EncoderSpec, GatedSpec, Kind, NullMode, TextSpec
 from .constant import SiteVectors
 from .errors import AdapterError
@@ -37,7 +38,10 @@ __all__ = [
     "UserText",
     "family_name",
     "find_sites",
+    "joined",
     "load_adapter",
     "load_adapter_config",
+    "mixed",
     "save_adapter",
+    "users_of",
 ]

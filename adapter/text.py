@@ -82,18 +82,21 @@ class TextAdapter(nn.Module):
 
     def forward(self, embedding: Tensor) -> UserText:
         """Return what users, ``[users, embedding_dim]`` and standardised, make of prompts."""
-        return UserText(self, self.user_proj(embedding))
+        user = self.user_proj(embedding)[:, None]
+        return UserText(self, user, user.new_ones(user.shape[:2]))
 
 
 class UserText(NamedTuple):
     """What users make of prompts: functions of their text, the same for both runtimes.
 
     Both take one prompt for all users, one user for all prompts, or one each, in any precision; they compute in
-    float32. ``strength`` 0 gives the text as it is. ``user`` are the users' tokens, ``[users, T, token_dim]``.
+    float32. ``strength`` 0 gives the text as it is. ``user`` are the users' tokens, ``[users, parts, T, token_dim]``,
+    and ``shares`` says how much each part of a user counts, ``[users, parts]``: one part, unless people are mixed.
     """
 
     adapter: TextAdapter
     user: Tensor
+    shares: Tensor
 
     @property
     def text_dim(self) -> int:
@@ -132,8 +135,11 @@ class UserText(NamedTuple):
                 "one prompt, or as many of both."
             )
         rows = max(prompts, users)
-        given, user = text.expand(rows, -1, -1).float(), self.user.expand(rows, -1, -1)
-        return (given + strength * residual(given, user)).to(text.dtype)
+        given = text.expand(rows, -1, -1).float()
+        changed = given
+        for user, share in zip(self.user.unbind(dim=1), self.shares.unbind(dim=1), strict=True):
+            changed = changed + strength * share[:, None, None] * residual(given, user.expand(rows, -1, -1))
+        return changed.to(text.dtype)
 
 
 def weights_beside_sink(scores: Tensor, sink: Tensor) -> Tensor:

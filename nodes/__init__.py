@@ -6,7 +6,7 @@ import sys
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import accounts, adapter_nodes, explain, miniature, profile_nodes, routes
+from . import accounts, adapter_nodes, explain, miniature, people_nodes, profile_nodes, routes
 from .folders import register_folders
 
 
@@ -21,4 +21,5 @@ class PSAExtension(ComfyExtension):
         if module is not None:
             accounts.register(module.PromptServer.instance)
             routes.register(module.PromptServer.instance)
-        return [*adapter_nodes.NODES, *profile_nodes.NODES, *miniature.NODES, *explain.NODES]
+        rooms = (adapter_nodes, profile_nodes, people_nodes, miniature, explain)
+        return [node for room in rooms for node in room.NODES]

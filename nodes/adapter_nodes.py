@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..adapter import TEMPLATE_NAME, AdapterError, NullMode, PSAAdapter, load_adapter
-from ..profiles import SafetyEmbedding
 from .apply import apply_psa
+from .curve import CONSTANT, SHAPES, Curve, points_of
 from .folders import ADAPTERS, check_file, file_fingerprint, file_names, find_file, missing_file
-from .schema import Adapter, Embedding, advanced_combo, node_schema
+from .people import People
+from .schema import Adapter, Embedding, Floats, advanced_combo, node_schema
 
 AS_TRAINED = "as trained"
 _UNCONDITIONAL: dict[str, NullMode | None] = {
@@ -114,6 +117,21 @@ class PSAApply(io.ComfyNode):
                     tooltip="What the negative half gets: what the adapter was trained with, the projection of a zero "
                     "embedding (the paper), or nothing.",
                 ),
+                # Behind the others: saved workflows know widgets by their places.
+                advanced_combo(
+                    "schedule",
+                    options=list(SHAPES),
+                    default=CONSTANT,
+                    optional=True,
+                    tooltip="The strength over the run: the same all the time, or falling to 0 on the way from "
+                    "start_percent to end_percent, in a straight line or gently at both ends.",
+                ),
+                Floats.Input(
+                    "strengths",
+                    optional=True,
+                    tooltip="A list of numbers instead of schedule, spread evenly from start_percent to end_percent: "
+                    "1 is the strength above, 0 the base model.",
+                ),
             ],
             outputs=[io.Model.Output("patched_model", display_name="MODEL", tooltip="For a sampler.")],
         )
@@ -123,15 +141,17 @@ class PSAApply(io.ComfyNode):
         cls,
         model: ModelPatcher,
         adapter: PSAAdapter,
-        embedding: SafetyEmbedding,
+        embedding: People,
         strength: float,
         start_percent: float,
         end_percent: float,
         unconditional: str = AS_TRAINED,
+        schedule: str = CONSTANT,
+        strengths: Sequence[float] | float | None = None,
     ) -> io.NodeOutput:
         """Patch a clone of the model."""
-        null = _UNCONDITIONAL[unconditional]
-        return io.NodeOutput(apply_psa(model, adapter, embedding, strength, start_percent, end_percent, null))
+        null, curve = _UNCONDITIONAL[unconditional], Curve(schedule, points_of(strengths))
+        return io.NodeOutput(apply_psa(model, adapter, embedding, strength, start_percent, end_percent, null, curve))
 
 
 NODES: list[type[io.ComfyNode]] = [PSALoadAdapter, PSAApply]

@@ -5,31 +5,38 @@ from __future__ import annotations
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..adapter import AdapterError, EncoderSpec, NullMode, PSAAdapter, find_sites
+from ..adapter import AdapterError, EncoderSpec, NullMode, PSAAdapter, find_sites, users_of
 from ..profiles import EncoderError, SafetyEmbedding
 from ..profiles.encoders import llm_identity
+from .curve import Curve
 from .patch import UserPatch
+from .people import People, each, effect
+
+_FLAT = Curve()
 
 
 def apply_psa(
     model: ModelPatcher,
     adapter: PSAAdapter,
-    embedding: SafetyEmbedding,
+    embedding: People,
     strength: float = 1.0,
     start_percent: float = 0.0,
     end_percent: float = 1.0,
     null: NullMode | None = None,
+    curve: Curve = _FLAT,
 ) -> ModelPatcher:
-    """Return a clone of ``model`` that follows the users in ``embedding``.
+    """Return a clone of ``model`` that follows the people in ``embedding``.
 
     Args:
         model: any UNet with cross-attention of the adapter's family.
         adapter: the adapter.
-        embedding: one user, or as many as the latent batch has images.
+        embedding: one person, or several: image ``i`` is the ``i``-th one's, and further images begin with the first
+            again.
         strength: 0 gives exactly the base model, 1 the adapter as trained.
         start_percent: where in the sampling run the adapter begins, 0 to 1.
         end_percent: where it ends; the step that begins there is no longer changed.
         null: what the unconditional half gets; by default as trained.
+        curve: how much of the strength counts, from start to end.
 
     Raises:
         AdapterError: the adapter does not fit the model, or the range is empty.
@@ -40,12 +47,12 @@ def apply_psa(
             f"Apply PSA would never act: start_percent {start_percent:g} is not before end_percent {end_percent:g}. "
             "Set a range, or strength 0 if the base model is what you want."
         )
-    check_encoder(adapter, embedding)
+    each(embedding, lambda part: check_encoder(adapter, part))
     sites = find_sites(model.model.diffusion_model)
     adapter.check_sites(sites)
     with torch.no_grad():
-        effect = adapter.effect(embedding.vectors, null)
-    return UserPatch(effect, len(embedding.vectors), sites, strength, start_percent, end_percent).attach(model)
+        changes = effect(embedding, adapter, null)
+    return UserPatch(changes, users_of(changes), sites, strength, start_percent, end_percent, curve).attach(model)
 
 
 def check_encoder(adapter: PSAAdapter, embedding: SafetyEmbedding) -> None:

@@ -24,6 +24,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from ..adapter import Site, UserEffect
+from .curve import Curve
 from .replaced import only_given_text
 from .roles import Options, name_roles, roles_of
 from .run import Call, Run, left_out
@@ -32,12 +33,13 @@ _WRAPPERS = (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH, WrappersMP.APP
 _OUTPUTS = "attn2_output_patch"
 _CHANGED_KEY = "psa_changed"  # what patches have changed in a call's conditionings
 _Inputs = tuple[Tensor, Tensor, Tensor]
+_FLAT = Curve()
 
 
 class UserPatch:
     """What users change on one model, with strength and range; immutable, so clones may share it.
 
-    Batches: one user serves every image; N users need N images per chunk, one for each.
+    Batches: one user serves every image; N users need a multiple of N images per chunk, and take turns.
     """
 
     def __init__(
@@ -48,12 +50,17 @@ class UserPatch:
         strength: float = 1.0,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
+        curve: Curve = _FLAT,
     ) -> None:
-        """Take what ``users`` do at ``sites`` (same order); act from ``start_percent`` to before ``end_percent``."""
+        """Take what ``users`` do at ``sites`` (same order); act from ``start_percent`` to before ``end_percent``.
+
+        ``curve`` says how much of the strength counts on the way.
+        """
         self.users = users
         self.strength = strength
         self.start_percent = start_percent
         self.end_percent = end_percent
+        self.curve = curve
         self.sites = tuple(sites)
         self.index = {site.key: i for i, site in enumerate(sites)}
         # Per site [users + 1, hidden]: the users, then what the unconditional half adds.
@@ -113,8 +120,9 @@ class UserPatch:
         roles = roles_of(conds)
         options = {**model_options.get("transformer_options", {}), self._roles_key: roles}
         run: Run | None = options.get(self._run_key)
-        if run is not None and run.text is not None and run.is_active(model, timestep):
-            conds, options[_CHANGED_KEY] = run.text.conditionings(conds, roles, options.get(_CHANGED_KEY, ()))
+        factor = 0.0 if run is None or run.text is None else run.factor(model, timestep)
+        if run is not None and run.text is not None and factor:
+            conds, options[_CHANGED_KEY] = run.text.conditionings(conds, roles, options.get(_CHANGED_KEY, ()), factor)
         return executor(model, conds, x, timestep, {**model_options, "transformer_options": options})
 
     def wrap_call(
@@ -169,7 +177,7 @@ class UserPatch:
         options = transformer_options or {}
         call: Call = options[self.key]
         assert call.run.text is not None
-        context, y = call.run.text.batch(context, y, call.of_user, options.get(_CHANGED_KEY, ()))
+        context, y = call.run.text.batch(context, y, call.of_user, options.get(_CHANGED_KEY, ()), call.factor)
         call.text_read = True
         with only_given_text(executor.class_obj, self.sites, options, lambda: call.handed):
             return executor(x, timesteps, context, y, control, options, **kwargs)
@@ -190,8 +198,8 @@ class UserPatch:
         if call.run.text is not None and not (context is received and value is received):
             new = call.put_in(context, extra_options)
             same = value is context
-            context = call.run.text.put_in(context, new)
-            value = context if same else call.run.text.put_in(value, new)
+            context = call.run.text.put_in(context, new, call.factor)
+            value = context if same else call.run.text.put_in(value, new, call.factor)
         call.handed = context
         return n, context, value
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # Values are scaled up to this size (by a power of two, so exactly) while a layer projects them: then its
 # bias, which cancels out, costs no precision in half floats.
 _PROJECTION_PEAK = 64.0
+_HALVINGS = 24
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +34,26 @@ logger = logging.getLogger(__name__)
 class Layers(NamedTuple):
     """What each site adds for one make-up of a batch.
 
-    ``constant[i]`` is ``[batch, 1, hidden]``. ``gates[i]`` are those of the user's pictures alone, ``places`` says
-    which these are in the batch (None: all). What the adapter lacks is empty.
+    ``constant[i]`` is ``[batch, 1, hidden]``, a part of ``vectors``, ``[batch, 1, sum of hidden sizes]``. ``gates[i]``
+    are those of the user's pictures alone, ``places`` says which these are in the batch (None: all). What the adapter
+    lacks is empty.
     """
 
+    vectors: Tensor | None
     constant: tuple[Tensor, ...]
     gates: tuple[SiteGate, ...]
     places: Tensor | None
+
+    def times(self, factor: float) -> Layers:
+        """Return what the sites add at this share of the strength."""
+        if factor == 1:
+            return self
+        gates = tuple(gate._replace(values=factor * gate.values) for gate in self.gates)
+        if self.vectors is None:
+            return self._replace(gates=gates)
+        vectors = factor * self.vectors
+        sizes = [part.shape[2] for part in self.constant]
+        return Layers(vectors, torch.split(vectors, sizes, dim=2), gates, self.places)
 
 
 @dataclass(eq=False)
@@ -55,13 +70,16 @@ class Table:
 
 @dataclass
 class Call:
-    """One call of the model; ``layers`` is None if this step lies outside of the range or no layer is changed."""
+    """One call of the model; ``layers`` is None if PSA does not act in this step or no layer is changed.
+
+    ``factor`` is how much of the strength counts.
+    """
 
     run: Run
     batch: int
     roles: Roles | None
     chunks: tuple[int, ...]
-    active: bool = False
+    factor: float = 0.0
     layers: Layers | None = None
     text_read: bool = False
     handed: Tensor | None = None  # the text that the layer which is running has been given
@@ -70,6 +88,11 @@ class Call:
     def __deepcopy__(self, memo: dict[int, object]) -> Call:
         """Return itself: some nodes copy the options in which it travels."""
         return self
+
+    @property
+    def active(self) -> bool:
+        """Whether PSA acts in this step."""
+        return self.factor != 0
 
     @property
     def of_user(self) -> Roles:
@@ -118,6 +141,7 @@ class Run:
         self.text = TextSide(patch.key, patch.text, patch.strength) if patch.text else None
         self._lock = threading.Lock()
         self._tables: dict[tuple[torch.device, torch.dtype], Table] = {}
+        self._factors: dict[float, float] = {}
         self._calls = 0
         self._active_calls = 0
         self._reached: set[int] = set()
@@ -126,8 +150,8 @@ class Run:
     def prepare(self, model: Any, x: Tensor, sigma: Tensor, options: Options, roles: Roles | None) -> Call:
         """Return the call of ``model`` (ComfyUI's BaseModel) on ``x``, ``[batch, ...]``."""
         chunks = tuple(options.get("cond_or_uncond") or [0])
-        call = Call(self, x.shape[0], roles, chunks)
-        if not self.is_active(model, sigma):
+        call = Call(self, x.shape[0], roles, chunks, self.factor(model, sigma))
+        if not call.active:
             return call
         images = options["sigmas"].shape[0] if "sigmas" in options else x.shape[0] // len(chunks)
         if len(chunks) > 1 and x.shape[0] != len(chunks) * images:
@@ -141,10 +165,9 @@ class Run:
                 f"Apply PSA got {self.patch.users} user embeddings, and a context window lets the model see a part of "
                 "the batch at a time, so PSA cannot tell which image belongs to whom. Use one embedding for all images."
             )
-        call.active = True
         self._row_numbers(call.of_user, x.shape[0])
         if self.patch.acts_on_layers:
-            call.layers = self._layers(self._table(model, x.device), call)
+            call.layers = self._layers(self._table(model, x.device), call).times(call.factor)
         return call
 
     def note(self, call: Call) -> None:
@@ -166,16 +189,33 @@ class Run:
                 self.patch.end_percent,
             )
 
-    def is_active(self, model: Any, sigma: Tensor) -> bool:
-        """Return whether a step at this noise lies in the patch's range."""
+    def factor(self, model: Any, sigma: Tensor) -> float:
+        """Return how much of the strength counts in a step at this noise: 0 outside of the patch's range."""
         patch = self.patch
-        if patch.start_percent <= 0 and patch.end_percent >= 1:
-            return True
-        to_sigma = model.model_sampling.percent_to_sigma
-        begin = float(to_sigma(patch.start_percent))
+        if patch.start_percent <= 0 and patch.end_percent >= 1 and patch.curve.is_flat:
+            return patch.curve.at(0)
+        noise = float(sigma.max())
+        with self._lock:
+            if noise not in self._factors:
+                self._factors[noise] = self._factor(model.model_sampling.percent_to_sigma, noise)
+            return self._factors[noise]
+
+    def _factor(self, to_sigma: Callable[[float], Any], noise: float) -> float:
+        patch = self.patch
+        begin = float(to_sigma(patch.start_percent)) if patch.start_percent > 0 else math.inf
         end = float(to_sigma(patch.end_percent)) if patch.end_percent < 1 else -math.inf
         # Half open, so that ranges which follow each other share no step.
-        return begin >= float(sigma.max()) > end
+        if not begin >= noise > end:
+            return 0.0
+        if patch.curve.is_flat:
+            return patch.curve.at(0)
+        # Halved until the place in the range is known as well as a float knows it.
+        first, last = 0.0, 1.0
+        for _ in range(_HALVINGS):
+            place = (first + last) / 2
+            percent = patch.start_percent + place * (patch.end_percent - patch.start_percent)
+            first, last = (place, last) if float(to_sigma(percent)) > noise else (first, place)
+        return patch.curve.at((first + last) / 2)
 
     def _layers(self, table: Table, call: Call) -> Layers:
         key = (call.of_user, call.batch)
@@ -188,36 +228,36 @@ class Run:
         """Return whose row each picture of a batch has: a user's number, or the number of users for nobody.
 
         Raises:
-            AdapterError: there are neither as many users as pictures in a chunk, nor one.
+            AdapterError: the pictures of a chunk are no multiple of the users.
         """
         users = self.patch.users
         images, rest = divmod(batch, len(of_user))
-        if rest or users not in (1, images):
+        if rest or images % users:
             raise AdapterError(
                 f"Apply PSA got {users} user embeddings for {images} images. Use one embedding for all images, or "
-                "set the batch size of the latent to the number of embeddings."
+                "set the batch size of the latent to the number of embeddings, or to a multiple of it."
             )
-        own = list(range(users)) if users == images else [0] * images
+        own = [image % users for image in range(images)]
         return [row for user in of_user for row in (own if user else [users] * images)]
 
     def _cut(self, table: Table, of_user: Roles, batch: int) -> Layers:
         numbers = self._row_numbers(of_user, batch)
+        vectors: Tensor | None = None
         constant: tuple[Tensor, ...] = ()
         if table.constant is not None:
-            index = torch.tensor(numbers, device=table.constant.device)
-            sizes = [row.shape[1] for row in self.patch.rows]
-            constant = torch.split(table.constant[index][:, None], sizes, dim=2)
+            vectors = table.constant[torch.tensor(numbers, device=table.constant.device)][:, None]
+            constant = torch.split(vectors, [row.shape[1] for row in self.patch.rows], dim=2)
         gates, places = table.gates, None
         if gates:
             device = gates[0].scores.device
             mine = [place for place, row in enumerate(numbers) if row < self.patch.users]
             if not mine:
-                return Layers(constant, (), None)
+                return Layers(vectors, constant, (), None)
             places = None if len(mine) == batch else torch.tensor(mine, device=device)
             # One user's matrices need no batch of their own.
             rows = 0 if self.patch.users == 1 else torch.tensor([numbers[place] for place in mine], device=device)
             gates = tuple(SiteGate(gate.scores[rows], gate.values[rows], gate.sink) for gate in gates)
-        return Layers(constant, gates, places)
+        return Layers(vectors, constant, gates, places)
 
     def _table(self, model: Any, device: torch.device) -> Table:
         dtype = model.manual_cast_dtype or model.get_dtype()

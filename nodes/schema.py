@@ -10,6 +10,7 @@ from comfy_api.latest import io
 Adapter = io.Custom("PSA_ADAPTER")
 Embedding = io.Custom("PSA_EMBEDDING")
 UserProfile = io.Custom("PSA_PROFILE")
+Floats = io.Custom("FLOATS")  # as ComfyUI's hook keyframes take them
 
 _SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 

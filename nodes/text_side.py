@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from .roles import Options, Roles
 
 _MOST_PROMPTS = 256  # nodes that make new conditionings in every step would fill the memory
 _TEXTS = ("c_crossattn", "crossattn_controlnet")
+
+# A text, and how much of the strength or which strength, to the users' version of it.
+_Change: TypeAlias = Callable[[Tensor, float], Tensor]
 
 
 class Changed(NamedTuple):
@@ -38,10 +41,10 @@ class TextSide:
         self._text = text
         self._strength = strength
         self._lock = threading.Lock()
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._known: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
 
     def conditionings(
-        self, conds: Sequence[Sequence[Options] | None], roles: Roles, before: Sequence[Changed]
+        self, conds: Sequence[Sequence[Options] | None], roles: Roles, before: Sequence[Changed], factor: float
     ) -> tuple[list[Sequence[Options] | None], tuple[Changed, ...]]:
         """Return a guider's conditionings with the users' prompts, and what has been changed in them.
 
@@ -49,14 +52,15 @@ class TextSide:
             conds: the conditionings; those that are not the user's are given back as they are.
             roles: which of them are the user's.
             before: what other patches have changed in them.
+            factor: how much of the strength counts now.
 
         Raises:
             AdapterError: a conditioning has no text, or another one that the adapter cannot change.
         """
         changed: list[Changed] = []
 
-        def once(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-            result = self._once(tensor, change)
+        def once(tensor: Tensor, change: _Change) -> Tensor:
+            result = self._once(tensor, change, factor)
             by = next((known.by for known in before if known.tensor is tensor), frozenset())
             changed.append(Changed(result, by | {self._key}))
             return result
@@ -89,7 +93,7 @@ class TextSide:
         return ours, tuple(changed)
 
     def batch(
-        self, text: Tensor | None, y: Tensor | None, of_user: Roles, changed: Sequence[Changed]
+        self, text: Tensor | None, y: Tensor | None, of_user: Roles, changed: Sequence[Changed], factor: float
     ) -> tuple[Tensor, Tensor | None]:
         """Return the text and ``y`` of a call, of equal chunks of which some are the user's.
 
@@ -98,6 +102,7 @@ class TextSide:
             y: ``[batch, dim]``, headed by the pooled text; None for models without.
             of_user: for each chunk whether it is the user's.
             changed: what conditionings have been changed; other text of the user is changed here.
+            factor: how much of the strength counts now.
 
         Raises:
             AdapterError: the call has no text.
@@ -105,49 +110,50 @@ class TextSide:
         if text is None:
             raise _no_text()
         known = [part.tensor for part in changed if self._key in part.by]
-        text = _mapped(text, of_user, known, self._tokens)
+        text = _mapped(text, of_user, known, lambda part: self._tokens(part, factor))
         if self._text.pooled_dim:
             if y is None:
                 raise self._no_pooled()
-            y = _mapped(y, of_user, known, self._pooled)
+            y = _mapped(y, of_user, known, lambda part: self._pooled(part, factor))
         return text, y
 
-    def put_in(self, context: Tensor, which: Roles) -> Tensor:
+    def put_in(self, context: Tensor, which: Roles, factor: float) -> Tensor:
         """Return the text of a batch inside a layer, ``[batch, tokens, dim]``, with these of its chunks changed."""
-        return _mapped(context, which, (), self._tokens)
+        return _mapped(context, which, (), lambda part: self._tokens(part, factor))
 
     def _fits(self, text: Tensor) -> bool:
         return text.shape[-1] == self._text.text_dim
 
-    def _once(self, tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    def _once(self, tensor: Tensor, change: _Change, factor: float) -> Tensor:
+        key = id(tensor), factor
         with self._lock:
-            if id(tensor) not in self._known:
+            if key not in self._known:
                 if len(self._known) >= _MOST_PROMPTS:
                     self._known.clear()
                 # The prompt is kept beside its change, so that its id stays its own.
-                self._known[id(tensor)] = tensor, change(tensor)
-            return self._known[id(tensor)][1]
+                self._known[key] = tensor, change(tensor, factor)
+            return self._known[key][1]
 
-    def _tokens(self, text: Tensor) -> Tensor:
+    def _tokens(self, text: Tensor, factor: float) -> Tensor:
         if not self._fits(text):
             raise AdapterError(
                 f"The prompt is text of width {text.shape[-1]}, and this adapter changes text of width "
                 f"{self._text.text_dim}. Connect the text encoder (CLIP) of the adapter's family."
             )
-        return self._at_home(self._text.tokens, text)
+        return self._at_home(self._text.tokens, text, factor)
 
-    def _pooled(self, y: Tensor) -> Tensor:
+    def _pooled(self, y: Tensor, factor: float) -> Tensor:
         width = self._text.pooled_dim
         if width is None or y.shape[1] < width:
             raise self._no_pooled()
-        head = self._at_home(self._text.pooled, y[:, :width])
+        head = self._at_home(self._text.pooled, y[:, :width], factor)
         # ComfyUI puts sizes and crop behind the pooled text.
         return torch.cat((head, y[:, width:].expand(len(head), -1)), dim=1)
 
     @torch.no_grad()
-    def _at_home(self, change: Callable[[Tensor, float], Tensor], text: Tensor) -> Tensor:
+    def _at_home(self, change: _Change, text: Tensor, factor: float) -> Tensor:
         """Compute on the adapter's own device, and come back to the text's."""
-        return change(text.to(self._text.user.device), self._strength).to(text.device)
+        return change(text.to(self._text.user.device), factor * self._strength).to(text.device)
 
     def _no_pooled(self) -> AdapterError:
         return AdapterError(

@@ -201,7 +201,8 @@ def to_prompt(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> Pr
         for name, spec in {**info.get("required", {}), **info.get("optional", {})}.items():
             options = spec[1] if len(spec) > 1 else {}
             if _is_widget(spec[0]):
-                inputs[name] = next(values)
+                # A workflow of an older version lacks widgets that came later: they keep their defaults.
+                inputs[name] = next(values, options.get("default"))
                 if options.get("control_after_generate"):
                     next(values)
             if name in linked:

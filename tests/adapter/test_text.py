@@ -38,7 +38,8 @@ def test_one_prompt_or_one_user_serves_all(prompts: int, people: int) -> None:
     text, ours = drawn(prompts, 5, WIDTH), users(people)
     together = ours.tokens(text)
     for i, row in enumerate(together):
-        alone = ours._replace(user=ours.user[min(i, people - 1)][None])
+        place = slice(min(i, people - 1), min(i, people - 1) + 1)
+        alone = ours._replace(user=ours.user[place], shares=ours.shares[place])
         assert torch.allclose(row, alone.tokens(text[min(i, prompts - 1)][None])[0], atol=1e-6)
     assert ours.pooled(drawn(prompts, POOLED)).shape == (3, POOLED)
 

@@ -23,6 +23,10 @@ MORE = (
     "PSAExplain",
     "PSAProfileToPrompt",
     "PSAStrictestProfile",
+    "PSASafetyLevels",
+    "PSAMixProfiles",
+    "PSABatchProfiles",
+    "PSARepeatLatent",
 )  # nodes that the example has not
 
 

@@ -46,7 +46,8 @@ def test_a_text_calls_nodes_and_the_tab_what_they_are_called(language: str, engl
     names[read_words("en", "main")[TAB]] = read_words(language, "main")[TAB]
     texts = {**english, **read_words("en", "settings")}
     translated = {**found, **read_words(language, "settings")}
-    mentions = [(key, name) for key, text in texts.items() for name in names if name in text]
+    called = re.compile("|".join(sorted(map(re.escape, names), key=len, reverse=True)))  # not a part of a longer name
+    mentions = [(key, name) for key, text in texts.items() for name in called.findall(text)]
     assert len(mentions) > 2 * len(names)
     assert [key for key, name in mentions if names[name] not in translated[key]] == []
 

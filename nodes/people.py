@@ -1,0 +1,79 @@
+"""Whom Apply PSA protects: one person or several, one for each image, or mixtures of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ..adapter import AdapterError, NullMode, PSAAdapter, UserEffect, joined, mixed
+from ..profiles import SafetyEmbedding
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """People who count as one, each with a weight."""
+
+    parts: tuple[People, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """People who have an image each, one behind the other.
+
+    Raises:
+        AdapterError: there is nobody.
+    """
+
+    members: tuple[People, ...]
+
+    def __post_init__(self) -> None:
+        """Check that there is somebody."""
+        if not self.members:
+            raise AdapterError("Batch Safety Profiles got nobody. Connect the embedding of at least one person.")
+
+
+# What travels on a socket PSA_EMBEDDING.
+People: TypeAlias = SafetyEmbedding | Mixture | Group
+
+
+def each(people: People, check: Callable[[SafetyEmbedding], None]) -> None:
+    """Call ``check`` with every embedding in it."""
+    if isinstance(people, SafetyEmbedding):
+        check(people)
+    else:
+        for part in people.parts if isinstance(people, Mixture) else people.members:
+            each(part, check)
+
+
+def count(people: People) -> int:
+    """Return how many images they are for: 1 stands for any number.
+
+    Raises:
+        AdapterError: a mixture has parts for different numbers of images.
+    """
+    if isinstance(people, SafetyEmbedding):
+        return len(people.vectors)
+    if isinstance(people, Group):
+        return sum(count(member) for member in people.members)
+    counts = {count(part) for part in people.parts} - {1}
+    if len(counts) > 1:
+        raise AdapterError(
+            f"Mix Safety Profiles got people for {' and for '.join(map(str, sorted(counts)))} images. Mix one person "
+            "with any number, or as many with as many."
+        )
+    return max(counts, default=1)
+
+
+def effect(people: People, adapter: PSAAdapter, null: NullMode | None = None) -> UserEffect:
+    """Return what an adapter does for them, see ``PSAAdapter.effect``.
+
+    Raises:
+        AdapterError: an embedding has another width than the adapter expects, or a mixture makes no sense.
+    """
+    if isinstance(people, SafetyEmbedding):
+        return adapter.effect(people.vectors, null)
+    if isinstance(people, Group):
+        return joined([effect(member, adapter, null) for member in people.members])
+    return mixed([effect(part, adapter, null) for part in people.parts], people.weights)
