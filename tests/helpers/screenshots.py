@@ -27,6 +27,7 @@ MORE = (
     "PSAMixProfiles",
     "PSABatchProfiles",
     "PSARepeatLatent",
+    "PSACompareSheet",
 )  # nodes that the example has not
 
 

@@ -19,6 +19,11 @@ NODES = {
     "PSAApply": "Apply PSA",
     "PSAExplain": "Explain PSA: Words",
     "PSAExplainPicture": "Explain PSA: Picture",
+    "PSASafetyLevels": "Safety Levels",
+    "PSAMixProfiles": "Mix Safety Profiles",
+    "PSABatchProfiles": "Batch Safety Profiles",
+    "PSARepeatLatent": "Same Latent for Everyone",
+    "PSACompareSheet": "Compare Sheet",
 }
 
 
