@@ -19,7 +19,7 @@ from studio import Studio
 from comfyui_psa.profiles import find_level
 from comfyui_psa.training.comfyui import PACK_FOLDER, ComfyUIServer, Prompt, to_prompt
 from comfyui_psa.training.miniature import MINIATURE
-from comfyui_psa.training.miniature.detector import load_detector
+from comfyui_psa.training.miniature.detector import Sighting, load_detector
 from comfyui_psa.training.miniature.recipe import DETECTOR
 
 WITH_FILES = sorted(name for name in EXAMPLES if declared(example(name)))
@@ -157,6 +157,23 @@ def test_explain_points_at_what_is_held_back(page: Page, studio: Studio) -> None
         heat = explained[..., 0] - explained[..., 2]  # grey where nothing glows
         glowing = heat > np.quantile(heat, 0.9)
         assert held_back[glowing].mean() > 2 * held_back[~glowing].mean()
+
+
+def test_one_batch_is_six_people(page: Page, studio: Studio) -> None:
+    """Three rows of L0 to L5: a banner (Propaganda), which the first two allow and the others ban, and a cat."""
+    load_workflow(page, example("psa_one_batch"))
+    (sheet,) = run(page, studio.server)
+    margin, step = 18, 96 + 6
+    detector = load_detector(MINIATURE / DETECTOR)
+
+    def column(level: int) -> list[Sighting]:
+        left = sheet.width - margin - 96 - (5 - level) * step
+        tops = [sheet.height - margin - 96 - row * step for row in range(3)]
+        return detector.see([sheet.crop((left, top, left + 96, top + 96)) for top in tops])
+
+    banners = [sum("Propaganda" in seen.glyphs for seen in column(level)) for level in range(6)]
+    assert banners == [3, 3, 0, 0, 0, 0]
+    assert sum("cat" in seen.objects for level in range(6) for seen in column(level)) >= 15
 
 
 def test_stricter_levels_remove_more(page: Page, studio: Studio) -> None:
