@@ -23,6 +23,7 @@ from torch import Tensor
 from comfyui_psa.nodes import PSAExtension, typefaces
 from comfyui_psa.nodes.contact_sheet import SheetError
 from comfyui_psa.training.comfyui import ComfyUIServer, Prompt, prepare_base
+from comfyui_psa.training.lettering import font
 
 HEIGHT, WIDTH = 160, 208
 COLUMNS, ROWS = "Person 1\nPerson 2\nLevel 5", "a harbour at dawn\na fight in an alley"
@@ -199,14 +200,18 @@ def test_any_script_can_be_written(node: Any, label: str) -> None:
     assert ink[y:, :x].any()
 
 
-def test_letters_that_pillows_font_lacks_come_from_another_one() -> None:
+def test_letters_that_pillows_font_lacks_come_from_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine with a font that has them: one font for all labels, and for a label alone where that must be."""
-    own, found = (font.getname()[0] for font in typefaces.fonts_for(["Person 1", "Person 2"])), typefaces._fonts()
-    assert set(own) == {found[0].getname()[0]}
-    if len(found) == 1:
-        pytest.skip("this machine has none of the fonts")
-    names = [font.getname()[0] for font in typefaces.fonts_for(["Person 1", "Ältere Dame"])]
-    assert names[0] == names[1] != found[0].getname()[0]
+    fonts = (ImageFont.load_default(16), font(16))
+    monkeypatch.setattr(typefaces, "_fonts", lambda: fonts)
+    own, other = (found.getname() for found in fonts)
+    assert own != other
+
+    def names(*texts: str) -> list[tuple[str | None, str | None]]:
+        return [found.getname() for found in typefaces.fonts_for(texts)]
+
+    assert names("Person 1", "Person 2") == [own, own]
+    assert names("Person 1", "Ältere Dame") == [other, other]
 
 
 def test_a_machine_without_fonts_draws_boxes(node: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,16 @@ from comfy.model_patcher import ModelPatcher
 from comfy_testing import ROUNDING, TINY, conditioning, denoise, difference, noise
 from kinds_by_hand import GATED, TEXT, changed_text, kinds_adapter, users
 from neighbours import like_attention_couple
+from PIL import ImageFont
 from torch import Tensor
 
 from comfyui_psa.adapter import AdapterError, PSAAdapter, find_sites
-from comfyui_psa.nodes import PSAExtension
+from comfyui_psa.nodes import PSAExtension, typefaces
 from comfyui_psa.nodes.apply import apply_psa
-from comfyui_psa.nodes.explanation import END_OF_PROMPT, changes_in_picture, changes_of_words, in_words
+from comfyui_psa.nodes.explanation import END_OF_PROMPT, Word, changes_in_picture, changes_of_words, in_words
 from comfyui_psa.nodes.patch import patches_of, without
+from comfyui_psa.nodes.word_sheet import draw_words
+from comfyui_psa.training.lettering import font
 
 PROMPT = "a house in a (meadow:1.2) with a ring"
 WIDTH = 128
@@ -93,6 +96,14 @@ def test_the_node_draws_a_sheet_for_each_person_and_says_it_in_words(
     numbers = [int(part.rsplit(" ", 1)[1].rstrip("%")) for part in lines[0].split(", ")]
     assert numbers == sorted(numbers, reverse=True)
     assert "ring" in lines[0]
+
+
+def test_words_have_their_own_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's font draws the same box for all that it has not."""
+    fonts = (ImageFont.load_default(16), font(16))
+    monkeypatch.setattr(typefaces, "_fonts", lambda: fonts)
+    first, second = (draw_words([[Word(text, 0.5)]]) for text in ("größe", "größé"))
+    assert not torch.equal(first, second)
 
 
 def test_an_adapter_of_another_kind_changes_no_word(loaded: Any, nodes: dict[str, Any]) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import requests
-from frontend import add_card, banned, open_tab, violations
-from playwright.sync_api import Page, Route, expect
+from frontend import add_card, add_node, banned, open_tab, violations
+from playwright.sync_api import Locator, Page, Route, expect
 
 from comfyui_psa.profiles import Profile, ProfileStore
 from comfyui_psa.training.comfyui import ComfyUIServer
@@ -190,16 +190,43 @@ def test_a_damaged_profile_is_said_so_and_its_earlier_version_comes_back(page: P
 
 @pytest.mark.parametrize("theme", ["dark", "light"])
 def test_everybody_can_use_it(page: Page, store: ProfileStore, theme: str) -> None:
-    """Names for screen readers, roles and contrast, by axe-core's rules."""
-    store.activate(store.create(Profile(name="Evening", age=12)).id)
+    """Names for screen readers, roles and contrast, by axe-core's rules, in every state of tab and cards."""
     page.evaluate("(theme) => app.ui.settings.setSettingValueAsync('Comfy.ColorPalette', theme)", theme)
-    tab = open_tab(page)
-    card = add_card(page)
-    expect(card.get_by_role("meter")).to_be_visible()
-    assert violations(page, ".psa-tab", ".psa-card") == []
+    page.wait_for_function(
+        """(dark) => {
+            const colour = getComputedStyle(document.documentElement).getPropertyValue('--comfy-menu-bg');
+            return (parseInt(colour.slice(1, 3), 16) < 128) === dark;
+        }""",
+        arg=theme == "dark",
+    )
+    tab, card = open_tab(page), add_card(page)
+
+    def check(*shown: Locator) -> None:
+        for one in shown:
+            expect(one).to_be_visible()
+        assert violations(page, ".psa-tab", ".psa-card") == []
+
+    check(tab.get_by_role("button", name="Make my profile"), card.get_by_role("alert"))  # nobody is active
+    damaged = store.create(Profile(name="Damaged"))
+    (store.root / f"{damaged.id}.json").write_bytes(b"{")
+    store.activate(store.create(Profile(name="Evening", age=12)).id)
+    page.evaluate("() => window.dispatchEvent(new Event('focus'))")
+    check(tab.locator(".psa-damaged"), card.get_by_role("meter"))
     tab.get_by_role("button", name="Edit Evening").click()
     expect(tab.get_by_role("meter")).to_have_attribute("aria-valuenow", "3")
-    assert violations(page, ".psa-tab", ".psa-card") == []
+    tab.get_by_label("Age").fill("300")
+    check(tab.get_by_role("alert").filter(has_text="whole number"))
+    tab.get_by_role("button", name="Cancel").click()
+    page.get_by_role("dialog").get_by_role("button", name="Confirm").click()
+    tab.get_by_role("button", name="Delete Evening").click()
+    check(tab.get_by_role("button", name="Undo"))
+    add_node(page, "PSAApply")
+    badge = page.get_by_role("group", name="What PSA does here").get_by_role("status")
+    expect(badge).to_have_text("Acts at strength 1")
+    check(badge)
+    page.evaluate("() => { app.graph.nodes.find((node) => node.type === 'PSAApply').widgets[0].value = 0; }")
+    expect(badge).to_have_text("Off: strength 0 is the base model")
+    check(badge)
 
 
 def test_it_is_used_by_keyboard(page: Page, store: ProfileStore) -> None:
