@@ -241,6 +241,30 @@ def test_apply_psa_says_clearly_when_it_does_nothing(page: Page) -> None:
     expect(badge).to_have_text("Muted: this node does not run")
 
 
+def test_apply_psa_follows_a_strength_that_is_a_number_elsewhere(page: Page) -> None:
+    add_node(page, "PSAApply")
+    page.evaluate(
+        """() => {
+            const [apply] = app.graph.nodes;
+            const [near, far] = [1, 2].map((place) => {
+                const number = LiteGraph.createNode('PrimitiveFloat');
+                number.pos = [-400, 300 * place];
+                app.graph.add(number);
+                return number;
+            });
+            near.connect(0, apply, apply.inputs.findIndex((input) => input.name === 'strength'));
+            near.widgets[0].value = 0;
+            window.goFar = () => far.connect(0, near, near.inputs.findIndex((input) => input.name === 'value'));
+        }"""
+    )
+    badge = page.get_by_role("group", name="What PSA does here").get_by_role("status")
+    expect(badge).to_have_text("Off: strength 0 is the base model")
+    set_widget(page, "PrimitiveFloat", "value", 0.5)
+    expect(badge).to_have_text("Acts at strength 0.5")
+    page.evaluate("() => { window.goFar(); }")
+    expect(badge).to_have_text("The strength comes from another node")
+
+
 def prompt(page: Page) -> dict[str, Any]:
     """The inputs of the only User Safety Profile, as they are queued."""
     queued = page.evaluate("async () => Object.values((await app.graphToPrompt()).output)")

@@ -129,17 +129,17 @@ def test_missing_files_are_offered(newcomer: Page, name: str) -> None:
         expect(row.get_by_role("button", name="Download")).to_be_enabled()
 
 
-def test_first_steps_run_as_they_are(page: Page, studio: Studio) -> None:
-    load_workflow(page, example("psa_first_steps"))
+def test_first_steps_run_as_they_are(browser: Page, server: ComfyUIServer) -> None:
+    load_workflow(browser, example("psa_first_steps"))
     detector = load_detector(MINIATURE / DETECTOR)
 
     def rings() -> int:
-        pictures = run(page, studio.server)
+        pictures = run(browser, server)
         assert [picture.size for picture in pictures] == [(96, 96)] * 4
         return sum("Sexuality" in seen.glyphs for seen in detector.see(pictures))
 
     assert rings() <= 1
-    page.evaluate(
+    browser.evaluate(
         """(level) => {
             app.graph.nodes.find((node) => node.type === 'PSASafetyLevel').widgets[0].value = level;
         }""",

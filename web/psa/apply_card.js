@@ -7,6 +7,7 @@ import { problemOf } from './store.js'
 import { t } from './words.js'
 
 const HEIGHT = 160
+const NUMBERS = ['PrimitiveFloat', 'PrimitiveNode']
 
 /**
  * @param {import('@comfyorg/comfyui-frontend-types').LGraphNode} node
@@ -17,9 +18,12 @@ export function addApplyCard(node, store) {
   const facts = h('div', { class: 'psa-card-body' })
   putCard(node, h('div', { class: 'psa-card', role: 'group', 'aria-label': t('what_applies') }, badge, facts), HEIGHT)
 
-  /** @returns {number | null} Null if another node says it. */
+  /** @returns {number | null} Null if another node says it, and not in a plain number. */
   function strength() {
-    return isLinked(node, 'strength') ? null : Number(node.widgets?.find(({ name }) => name === 'strength')?.value)
+    if (!isLinked(node, 'strength')) return Number(node.widgets?.find(({ name }) => name === 'strength')?.value)
+    const source = inputNode(node, 'strength')
+    const plain = source && NUMBERS.includes(source.type) && !isLinked(source, 'value')
+    return plain ? Number(source.widgets?.[0]?.value) : null
   }
 
   /** @returns {string | null} The file; null if it does not come from a Load PSA Adapter that can be seen from here. */
