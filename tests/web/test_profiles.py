@@ -48,6 +48,36 @@ def test_a_first_profile_is_made_in_one_go(page: Page, store: ProfileStore) -> N
     assert banned(card) == ["Self-Harm", "Sexuality"]
 
 
+def test_a_profile_is_renamed_and_goes_back_to_the_rules(page: Page, store: ProfileStore) -> None:
+    stored = store.create(Profile(name="Evening", age=12, overrides={"Violence": "allow"}))
+    tab = open_tab(page)
+    tab.get_by_role("button", name="Edit Evening").click()
+    tab.get_by_label("Name").fill("Morning")
+    violence = tab.get_by_role("group", name="Violence")
+    expect(violence.get_by_label("Allow")).to_be_checked()
+    violence.get_by_label("By rule").check()
+    expect(violence).to_contain_text("banned (under 18)")
+    tab.get_by_role("button", name="Save").click()
+    expect(tab.get_by_role("button", name="Make Morning the active profile")).to_be_visible()
+    expected = Profile(name="Morning", age=12, overrides={"Violence": "rule"})
+    assert store.read(stored.id).profile == expected
+
+
+def test_nothing_has_to_be_said(page: Page) -> None:
+    tab = open_tab(page)
+    tab.get_by_role("button", name="Make my profile").click()
+    for attribute in ("Gender", "Religion", "Physical condition", "Mental condition"):
+        choice = tab.get_by_label(attribute, exact=True)
+        expect(choice).to_have_value("")
+        expect(choice.locator("option:checked")).to_have_text("I'd rather not say")
+    expect(tab.get_by_label("Age")).to_have_attribute("placeholder", "I'd rather not say")
+
+
+def test_the_card_makes_a_profile(page: Page) -> None:
+    add_card(page).get_by_role("button", name="New").click()
+    expect(page.get_by_role("form", name="New profile")).to_be_visible()
+
+
 def test_saying_nothing_is_an_answer_and_a_level_a_start(page: Page, store: ProfileStore) -> None:
     tab = open_tab(page)
     tab.get_by_role("button", name="Make my profile").click()
@@ -306,3 +336,20 @@ def test_the_language_is_comfyuis(browser: Page, server: ComfyUIServer, store: P
     finally:
         page.close()
         requests.post(f"{server.url}/settings", json={"Comfy.Locale": "en"}, timeout=30).raise_for_status()
+
+
+def test_another_language_is_spoken_at_once_but_not_in_the_middle_of_a_profile(page: Page, store: ProfileStore) -> None:
+    speak = "(language) => app.extensionManager.setting.set('Comfy.Locale', language)"
+    tab = page.locator(".psa-tab")
+    open_tab(page).get_by_role("button", name="Make my profile").click()
+    tab.get_by_label("Name").fill("Evening")
+    try:
+        page.evaluate(speak, "fr")
+        expect(tab.get_by_label("Name")).to_have_value("Evening")
+        tab.get_by_role("button", name="Save").click()
+        expect(tab.get_by_placeholder("Chercher un profil")).to_be_visible()
+        expect(page.get_by_role("button", name="Profils de sécurité").first).to_be_visible()
+        assert [entry.name for entry in store.entries()] == ["Evening"]
+    finally:
+        page.evaluate(speak, "en")
+    expect(tab.get_by_placeholder("Search profiles")).to_be_visible()

@@ -4,8 +4,9 @@
 import { app } from '../../../scripts/app.js'
 import { editor, emptyProfile } from './editor.js'
 import { button, h, iconButton, profileName } from './elements.js'
+import { follow } from './nodes.js'
 import { problemOf } from './store.js'
-import { t } from './words.js'
+import { language, t } from './words.js'
 
 export const TAB_ID = 'psa-profiles'
 
@@ -16,7 +17,11 @@ export const TAB_ID = 'psa-profiles'
  * @typedef {import('./store.js').Stored} Stored
  */
 
-/** @type {ReturnType<typeof makeTab> | null} Made once: what was typed is there again when the tab is closed and opened. */
+/**
+ * Made once for each language: what was typed is there again when the tab is closed and opened.
+ *
+ * @type {ReturnType<typeof makeTab> | null}
+ */
 let tab = null
 
 /** Open the tab with a profile in the editor, or with a new one. @param {string | null} id */
@@ -29,7 +34,18 @@ export function openEditor(id) {
 
 /** @param {ProfileStore} store */
 export function profilesTab(store) {
-  const made = tab = makeTab(store)
+  let made = tab = makeTab(store)
+  let stop = () => {}
+
+  /** Speak ComfyUI's language, which may have changed; while something is edited, wait. */
+  function translate() {
+    if (made.language === language() || made.isEditing()) return
+    made.end()
+    made = tab = makeTab(store)
+    const shown = app.extensionManager.getSidebarTabs().find(({ id }) => id === TAB_ID)
+    if (shown) shown.title = shown.tooltip = t('tab')
+  }
+
   return {
     id: TAB_ID,
     icon: 'pi pi-shield',
@@ -38,11 +54,15 @@ export function profilesTab(store) {
     type: /** @type {const} */ ('custom'),
     /** @param {HTMLElement} place */
     render(place) {
-      place.replaceChildren(made.element)
+      stop = follow(() => `${language()} ${made.isEditing()}`, () => {
+        translate()
+        if (!place.contains(made.element)) place.replaceChildren(made.element)
+      })
       made.focus()
       store.refresh() // other programs change it, too
     },
     destroy() {
+      stop()
       made.element.remove()
     }
   }
@@ -240,11 +260,12 @@ function makeTab(store) {
     })
   }
 
-  store.addEventListener('change', showList)
+  const listening = new AbortController()
+  store.addEventListener('change', showList, listening)
   window.addEventListener('beforeunload', (event) => {
     if (open?.changed()) event.preventDefault() // the browser asks
-  })
+  }, listening)
   body.replaceChildren(search, list)
   showList()
-  return { element, edit, focus }
+  return { element, edit, focus, language: language(), isEditing: () => open !== null, end: () => listening.abort() }
 }

@@ -11,9 +11,14 @@ export async function loadWords() {
   languages = await (await api.fetchApi('/i18n')).json()
 }
 
+/** @returns {string} ComfyUI's language now. */
+export function language() {
+  return String(app.extensionManager.setting.get('Comfy.Locale') ?? 'en')
+}
+
 /** @param {string} key @param {Record<string, string | number>} [values] */
 export function t(key, values = {}) {
-  const locale = String(app.extensionManager.setting.get('Comfy.Locale') ?? 'en')
+  const locale = language()
   const text = find(locale, key) ?? find(locale.split('-')[0], key) ?? find('en', key) ?? key
   return text.replace(/\{(\w+)\}/g, (/** @type {string} */ whole, /** @type {string} */ name) =>
     String(values[name] ?? whole)
