@@ -89,9 +89,10 @@ class TextAdapter(nn.Module):
 class UserText(NamedTuple):
     """What users make of prompts: functions of their text, the same for both runtimes.
 
-    Both take one prompt for all users, one user for all prompts, or one each, in any precision; they compute in
-    float32. ``strength`` 0 gives the text as it is. ``user`` are the users' tokens, ``[users, parts, T, token_dim]``,
-    and ``shares`` says how much each part of a user counts, ``[users, parts]``: one part, unless people are mixed.
+    Both take one prompt for all users, one user for all prompts, or one each; of whom there are fewer takes turns. They
+    take any precision, and compute in float32. ``strength`` 0 gives the text as it is. ``user`` are the users' tokens,
+    ``[users, parts, T, token_dim]``, and ``shares`` says how much each part of a user counts, ``[users, parts]``: one
+    part, unless people are mixed.
     """
 
     adapter: TextAdapter
@@ -112,7 +113,7 @@ class UserText(NamedTuple):
         """Return the users' versions of prompts ``[prompts, tokens, text_dim]``.
 
         Raises:
-            AdapterError: there are neither as many users as prompts, nor one of either.
+            AdapterError: neither users nor prompts are a multiple of the others.
         """
         return self._changed(self.adapter.tokens, text, strength)
 
@@ -129,16 +130,17 @@ class UserText(NamedTuple):
 
     def _changed(self, residual: nn.Module, text: Tensor, strength: float) -> Tensor:
         prompts, users = text.shape[0], self.user.shape[0]
-        if prompts != users and 1 not in (prompts, users):
+        rows = max(prompts, users)
+        if rows % prompts or rows % users:
             raise AdapterError(
                 f"Apply PSA got {users} user embeddings for {prompts} prompts in one conditioning. Use one embedding, "
-                "one prompt, or as many of both."
+                "one prompt, as many of both, or a multiple."
             )
-        rows = max(prompts, users)
-        given = text.expand(rows, -1, -1).float()
+        given = text.repeat(rows // prompts, 1, 1).float()
         changed = given
         for user, share in zip(self.user.unbind(dim=1), self.shares.unbind(dim=1), strict=True):
-            changed = changed + strength * share[:, None, None] * residual(given, user.expand(rows, -1, -1))
+            share, user = share.repeat(rows // users)[:, None, None], user.repeat(rows // users, 1, 1)
+            changed = changed + strength * share * residual(given, user)
         return changed.to(text.dtype)
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..adapter import AdapterError, EncoderSpec, NullMode, PSAAdapter, find_sites, users_of
+from ..adapter import AdapterError, EncoderSpec, NullMode, PSAAdapter, find_sites
 from ..profiles import EncoderError, SafetyEmbedding
 from ..profiles.encoders import llm_identity
-from .curve import Curve
+from .curve import FLAT, Curve
 from .patch import UserPatch
 from .people import People, each, effect
-
-_FLAT = Curve()
 
 
 def apply_psa(
@@ -23,7 +21,7 @@ def apply_psa(
     start_percent: float = 0.0,
     end_percent: float = 1.0,
     null: NullMode | None = None,
-    curve: Curve = _FLAT,
+    curve: Curve = FLAT,
 ) -> ModelPatcher:
     """Return a clone of ``model`` that follows the people in ``embedding``.
 
@@ -52,7 +50,7 @@ def apply_psa(
     adapter.check_sites(sites)
     with torch.no_grad():
         changes = effect(embedding, adapter, null)
-    return UserPatch(changes, users_of(changes), sites, strength, start_percent, end_percent, curve).attach(model)
+    return UserPatch(changes, sites, strength, start_percent, end_percent, curve).attach(model)
 
 
 def check_encoder(adapter: PSAAdapter, embedding: SafetyEmbedding) -> None:

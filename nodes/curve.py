@@ -43,6 +43,11 @@ class Curve:
         """Whether the strength never changes."""
         return len(set(self.points)) == 1 if self.points else self.shape == CONSTANT
 
+    @property
+    def peak(self) -> float:
+        """The largest factor."""
+        return max(self.points, default=1.0)
+
     def at(self, place: float) -> float:
         """Return the factor at a place from 0 to 1."""
         if not self.points:
@@ -53,20 +58,27 @@ class Curve:
         return _between(self.points, below, above, position - below)
 
 
-def points_of(strengths: object) -> tuple[float, ...]:
-    """Return a node's list of floats as points; none if nothing is connected.
+FLAT = Curve()
+
+
+def points_of(strengths: Sequence[float] | float | None) -> tuple[float, ...]:
+    """Return what a node got as strengths: a list, one number for the whole run, or nothing.
 
     Raises:
         AdapterError: it is no list of numbers, or an empty one.
     """
     if strengths is None:
         return ()
+    listed = [strengths] if isinstance(strengths, (int, float)) else strengths
     try:
-        points = tuple(float(point) for point in strengths)  # type: ignore[attr-defined]
+        points = tuple(float(point) for point in listed)
     except (TypeError, ValueError):
         points = ()
     if not points:
-        raise AdapterError("Apply PSA got no list of numbers as strengths. Connect a list of floats, or nothing.")
+        raise AdapterError(
+            f"Apply PSA got {strengths!r:.60} as strengths: expected a list of at least one number. Connect such a "
+            "list, or nothing."
+        )
     return points
 
 

@@ -23,8 +23,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
-from ..adapter import Site, UserEffect
-from .curve import Curve
+from ..adapter import Site, UserEffect, users_of
+from .curve import FLAT, Curve
 from .replaced import only_given_text
 from .roles import Options, name_roles, roles_of
 from .run import Call, Run, left_out
@@ -33,7 +33,6 @@ _WRAPPERS = (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH, WrappersMP.APP
 _OUTPUTS = "attn2_output_patch"
 _CHANGED_KEY = "psa_changed"  # what patches have changed in a call's conditionings
 _Inputs = tuple[Tensor, Tensor, Tensor]
-_FLAT = Curve()
 
 
 class UserPatch:
@@ -45,18 +44,17 @@ class UserPatch:
     def __init__(
         self,
         effect: UserEffect,
-        users: int,
         sites: Sequence[Site],
         strength: float = 1.0,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
-        curve: Curve = _FLAT,
+        curve: Curve = FLAT,
     ) -> None:
-        """Take what ``users`` do at ``sites`` (same order); act from ``start_percent`` to before ``end_percent``.
+        """Take what users do at ``sites`` (same order); act from ``start_percent`` to before ``end_percent``.
 
         ``curve`` says how much of the strength counts on the way.
         """
-        self.users = users
+        self.users = users_of(effect)
         self.strength = strength
         self.start_percent = start_percent
         self.end_percent = end_percent

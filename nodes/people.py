@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ..adapter import AdapterError, NullMode, PSAAdapter, UserEffect, joined, mixed
+from ..adapter import NullMode, PSAAdapter, UserEffect, joined, mixed
 from ..profiles import SafetyEmbedding
 
 
@@ -20,18 +20,9 @@ class Mixture:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """People who have an image each, one behind the other.
-
-    Raises:
-        AdapterError: there is nobody.
-    """
+    """People who have an image each, one behind the other; at least one."""
 
     members: tuple[People, ...]
-
-    def __post_init__(self) -> None:
-        """Check that there is somebody."""
-        if not self.members:
-            raise AdapterError("Batch Safety Profiles got nobody. Connect the embedding of at least one person.")
 
 
 # What travels on a socket PSA_EMBEDDING.
@@ -48,22 +39,12 @@ def each(people: People, check: Callable[[SafetyEmbedding], None]) -> None:
 
 
 def count(people: People) -> int:
-    """Return how many images they are for: 1 stands for any number.
-
-    Raises:
-        AdapterError: a mixture has parts for different numbers of images.
-    """
+    """Return how many images they are for: 1 stands for any number."""
     if isinstance(people, SafetyEmbedding):
         return len(people.vectors)
     if isinstance(people, Group):
         return sum(count(member) for member in people.members)
-    counts = {count(part) for part in people.parts} - {1}
-    if len(counts) > 1:
-        raise AdapterError(
-            f"Mix Safety Profiles got people for {' and for '.join(map(str, sorted(counts)))} images. Mix one person "
-            "with any number, or as many with as many."
-        )
-    return max(counts, default=1)
+    return max(count(part) for part in people.parts)
 
 
 def effect(people: People, adapter: PSAAdapter, null: NullMode | None = None) -> UserEffect:

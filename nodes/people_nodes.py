@@ -8,9 +8,11 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..adapter import PSAAdapter
 from ..profiles import levels
+from .encode import encode_profile
 from .people import Group, Mixture, People, count
-from .schema import Embedding, UserProfile, node_schema
+from .schema import Adapter, Embedding, node_schema
 
 
 class PSASafetyLevels(io.ComfyNode):
@@ -18,28 +20,25 @@ class PSASafetyLevels(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Nothing in; six profiles out, as a list."""
+        """Adapter in; the embeddings of six people out."""
         return node_schema(
             ["PSA", "all levels", "compare levels", "safety presets"],
             node_id="PSASafetyLevels",
             display_name="Safety Levels",
-            description="All six levels, L0 to L5, as a list: Encode Safety Profile encodes each of them, and Batch "
-            "Safety Profiles gives each an image.",
-            inputs=[],
+            description="All six levels, L0 to L5, encoded for an adapter as Encode Safety Profile does it: a batch of "
+            "six people, for comparing.",
+            inputs=[Adapter.Input("adapter", tooltip="From Load PSA Adapter: it says which encoder to use.")],
             outputs=[
-                UserProfile.Output(
-                    "profiles",
-                    display_name="profiles",
-                    tooltip="For Encode Safety Profile, which runs once for each.",
-                    is_output_list=True,
+                Embedding.Output(
+                    "embedding", display_name="embedding", tooltip="For Apply PSA and Same Latent for Everyone."
                 )
             ],
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        """Return the levels' profiles."""
-        return io.NodeOutput([level.profile for level in levels()])
+    def execute(cls, adapter: PSAAdapter) -> io.NodeOutput:
+        """Encode the levels' profiles."""
+        return io.NodeOutput(Group(tuple(encode_profile(adapter, level.profile) for level in levels())))
 
 
 class PSAMixProfiles(io.ComfyNode):
@@ -88,20 +87,17 @@ class PSABatchProfiles(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Embeddings, or lists of them, in; one out."""
+        """Two embeddings in; one out."""
         return node_schema(
-            ["PSA", "batch", "compare", "one image per person", "list of profiles"],
+            ["PSA", "batch", "compare", "one image per person"],
             node_id="PSABatchProfiles",
             display_name="Batch Safety Profiles",
             description="One batch for many people: every image belongs to one of them. The latent has to have as many "
-            "images, or a multiple; Same Latent for Everyone makes it.",
-            is_input_list=True,
+            "images, or a multiple; Same Latent for Everyone makes it. For more, put one behind the other.",
+            # All required: without one that is muted, images would be somebody else's.
             inputs=[
-                Embedding.Input(
-                    "embedding_1",
-                    tooltip="One person, several, or a list (Safety Levels through Encode Safety Profile).",
-                ),
-                Embedding.Input("embedding_2", optional=True, tooltip="More people, behind the first."),
+                Embedding.Input("embedding_1", tooltip="One person, or several (Safety Levels)."),
+                Embedding.Input("embedding_2", tooltip="More people, behind the first."),
             ],
             outputs=[
                 Embedding.Output(
@@ -111,9 +107,9 @@ class PSABatchProfiles(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, embedding_1: list[People], embedding_2: list[People] | None = None) -> io.NodeOutput:
+    def execute(cls, embedding_1: People, embedding_2: People) -> io.NodeOutput:
         """Return all of them, one behind the other."""
-        return io.NodeOutput(Group((*embedding_1, *(embedding_2 or ()))))
+        return io.NodeOutput(Group((embedding_1, embedding_2)))
 
 
 class PSARepeatLatent(io.ComfyNode):

@@ -154,7 +154,7 @@ class Run:
         if not call.active:
             return call
         images = options["sigmas"].shape[0] if "sigmas" in options else x.shape[0] // len(chunks)
-        if len(chunks) > 1 and x.shape[0] != len(chunks) * images:
+        if max(len(chunks), self.patch.users) > 1 and x.shape[0] != len(chunks) * images:
             raise AdapterError(
                 f"Another node put {x.shape[0]} pictures into one call where {len(chunks)} times {images} were "
                 "expected (tiles?), and PSA cannot tell which belongs to whom. Remove that node, or let it work on "
@@ -184,7 +184,8 @@ class Run:
             raise left_out(f" ({len(self._reached)} of {sites} layers were reached)" if sites else "")
         if not self._active_calls:
             logger.warning(
-                "PSA: no step of this run lies between start_percent %g and end_percent %g; PSA did not act.",
+                "PSA did not act: no step of this run lies between start_percent %g and end_percent %g with a strength "
+                "above 0.",
                 self.patch.start_percent,
                 self.patch.end_percent,
             )

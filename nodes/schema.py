@@ -10,7 +10,7 @@ from comfy_api.latest import io
 Adapter = io.Custom("PSA_ADAPTER")
 Embedding = io.Custom("PSA_EMBEDDING")
 UserProfile = io.Custom("PSA_PROFILE")
-Floats = io.Custom("FLOATS")  # as ComfyUI's hook keyframes take them
+Floats = io.Custom("FLOATS,FLOAT")  # lists of floats: some packs call them FLOATS, some FLOAT
 
 _SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 

@@ -128,6 +128,7 @@ class TextSide:
         key = id(tensor), factor
         with self._lock:
             if key not in self._known:
+                self._known = {other: found for other, found in self._known.items() if other[1] == factor}  # a new step
                 if len(self._known) >= _MOST_PROMPTS:
                     self._known.clear()
                 # The prompt is kept beside its change, so that its id stays its own.

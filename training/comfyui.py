@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,16 +196,16 @@ def to_prompt(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> Pr
         if node["type"] not in object_info:  # notes live in the browser only
             continue
         info = object_info[node["type"]]["input"]
-        values = iter(node.get("widgets_values", []))
+        values = deque(node.get("widgets_values", []))
         linked = {entry["name"]: links[entry["link"]] for entry in node.get("inputs", []) if entry.get("link")}
         inputs: dict[str, Any] = {}
         for name, spec in {**info.get("required", {}), **info.get("optional", {})}.items():
             options = spec[1] if len(spec) > 1 else {}
             if _is_widget(spec[0]):
                 # A workflow of an older version lacks widgets that came later: they keep their defaults.
-                inputs[name] = next(values, options.get("default"))
+                inputs[name] = values.popleft() if values else options["default"]
                 if options.get("control_after_generate"):
-                    next(values)
+                    values.popleft()
             if name in linked:
                 inputs[name] = linked[name]
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}

@@ -7,10 +7,6 @@ from pathlib import Path
 import matplotlib
 from PIL import ImageFont
 
-from ..line_breaks import wrapped
-
-__all__ = ["font", "wrapped"]
-
 
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """Return matplotlib's DejaVu Sans: the same everywhere, with more scripts than Pillow's own font."""

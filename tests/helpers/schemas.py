@@ -1,4 +1,4 @@
-"""The schemas of the pack's nodes, by their ids."""
+"""The pack's nodes and their schemas, by their ids."""
 
 from __future__ import annotations
 
@@ -7,4 +7,5 @@ import asyncio
 from comfyui_psa.nodes import PSAExtension
 
 # When tests are collected: later, a browser's event loop may run in this thread.
-SCHEMAS = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in asyncio.run(PSAExtension().get_node_list())}
+NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(PSAExtension().get_node_list())}
+SCHEMAS = {name: node.GET_SCHEMA() for name, node in NODES.items()}

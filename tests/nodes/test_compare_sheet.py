@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 from itertools import pairwise
@@ -17,10 +16,11 @@ import torch
 from comfy.cli_args import args
 from comfy_api.latest import io as comfy_io
 from PIL import ImageFont
+from schemas import NODES
 from studio import COMFYUI
 from torch import Tensor
 
-from comfyui_psa.nodes import PSAExtension, typefaces
+from comfyui_psa.nodes import typefaces
 from comfyui_psa.nodes.contact_sheet import SheetError
 from comfyui_psa.training.comfyui import ComfyUIServer, Prompt, prepare_base
 from comfyui_psa.training.lettering import font
@@ -48,10 +48,7 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def node() -> Any:
-    (found,) = (
-        node for node in asyncio.run(PSAExtension().get_node_list()) if node.GET_SCHEMA().node_id == "PSACompareSheet"
-    )
-    return found
+    return NODES["PSACompareSheet"]
 
 
 def pictures(count: int, height: int = HEIGHT, width: int = WIDTH, channels: int = 3) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -12,10 +11,11 @@ from comfy_testing import ROUNDING, TINY, conditioning, denoise, difference, noi
 from kinds_by_hand import GATED, TEXT, changed_text, kinds_adapter, users
 from neighbours import like_attention_couple
 from PIL import ImageFont
+from schemas import NODES
 from torch import Tensor
 
 from comfyui_psa.adapter import AdapterError, PSAAdapter, find_sites
-from comfyui_psa.nodes import PSAExtension, typefaces
+from comfyui_psa.nodes import typefaces
 from comfyui_psa.nodes.apply import apply_psa
 from comfyui_psa.nodes.explanation import END_OF_PROMPT, Word, changes_in_picture, changes_of_words, in_words
 from comfyui_psa.nodes.patch import patches_of, without
@@ -29,7 +29,7 @@ LATENT = noise(2, 16, 12, 12)
 
 @pytest.fixture(scope="module")
 def nodes() -> dict[str, Any]:
-    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(PSAExtension().get_node_list())}
+    return NODES
 
 
 @pytest.fixture(scope="module")

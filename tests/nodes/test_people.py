@@ -12,13 +12,15 @@ from comfy_testing import ROUNDING, TINY, conditioning, denoise, difference, noi
 from kinds_by_hand import GATED, MLP, TEXT, changed_text, kinds_adapter, users
 from torch import Tensor
 
-from comfyui_psa.adapter import AdapterError, PSAAdapter, find_sites
+from comfyui_psa.adapter import AdapterError, PSAAdapter, find_sites, load_adapter
 from comfyui_psa.nodes.adapter_nodes import PSAApply
 from comfyui_psa.nodes.apply import apply_psa
 from comfyui_psa.nodes.curve import Curve
-from comfyui_psa.nodes.people import Group, Mixture, People
+from comfyui_psa.nodes.people import Group, Mixture, People, count, effect
 from comfyui_psa.nodes.people_nodes import PSABatchProfiles, PSAMixProfiles, PSARepeatLatent, PSASafetyLevels
-from comfyui_psa.profiles import banned_categories, levels
+from comfyui_psa.profiles import levels
+from comfyui_psa.profiles.encoders import AttributesEncoder
+from comfyui_psa.training.miniature import MINIATURE
 
 POSITIVE, NEGATIVE = conditioning(TINY, 1), conditioning(TINY, 2)
 LATENT = noise(1, 4, 8, 8)
@@ -112,8 +114,6 @@ def test_parts_of_other_sizes_and_of_other_widths(model: ModelPatcher, adapters:
     two_and_three = mixture((users(0, 1), 0.5), (users(0, 1, 2), 0.5))
     with pytest.raises(AdapterError, match="2 users in one part and 3 in another"):
         apply_psa(model, adapters["constant"], two_and_three)
-    with pytest.raises(AdapterError, match="for 2 and for 3 images"):
-        PSARepeatLatent.execute({"samples": LATENT}, two_and_three)
     wide = type(users(0))(torch.zeros(1, 5))
     with pytest.raises(AdapterError, match=r"has shape \[1, 5\]"):
         apply_psa(model, adapters["constant"], mixture((users(0), 0.5), (wide, 0.5)))
@@ -126,7 +126,8 @@ def test_parts_of_other_sizes_and_of_other_widths(model: ModelPatcher, adapters:
 def test_every_image_of_a_batch_is_one_persons(model: ModelPatcher, adapters: dict[str, PSAAdapter], kind: str) -> None:
     adapter = adapters[kind]
     members: list[People] = [users(0), mixture((users(1), 0.5), (users(2), 0.5)), users(3)]
-    (everybody,) = PSABatchProfiles.execute(members[:2], members[2:]).args
+    (first,) = PSABatchProfiles.execute(*members[:2]).args
+    (everybody,) = PSABatchProfiles.execute(first, members[2]).args
     together = run(apply_psa(model, adapter, everybody), LATENT.repeat(3, 1, 1, 1))
     alone = [run(apply_psa(model, adapter, person)) for person in members]
     for i, picture in enumerate(alone):
@@ -156,11 +157,11 @@ def test_a_mixture_of_many_with_one(model: ModelPatcher, adapters: dict[str, PSA
 
 
 def test_everybody_begins_with_the_same_noise() -> None:
-    mask = torch.rand(1, 64, 64)
-    latent = {"samples": torch.zeros(2, 4, 8, 8), "noise_mask": mask}
+    masks = torch.rand(2, 64, 64)
+    latent = {"samples": torch.zeros(2, 4, 8, 8), "noise_mask": masks}
     (repeated,) = PSARepeatLatent.execute(latent, Group((users(0, 1), users(2)))).args
     assert repeated["samples"].shape == (6, 4, 8, 8)
-    assert torch.equal(repeated["noise_mask"], mask.repeat(6, 1, 1))
+    assert torch.equal(repeated["noise_mask"], torch.cat((masks[:1].repeat(3, 1, 1), masks[1:].repeat(3, 1, 1))))
     drawn = comfy.sample.prepare_noise(repeated["samples"], 5, repeated["batch_index"])
     assert torch.equal(drawn, comfy.sample.prepare_noise(latent["samples"], 5, [0, 1]).repeat_interleave(3, dim=0))
     assert not torch.equal(drawn[0], drawn[3])
@@ -173,16 +174,52 @@ def test_a_latent_of_a_batch_keeps_its_own_noise() -> None:
     assert repeated["batch_index"] == [7, 7]
 
 
-def test_nobody_is_refused() -> None:
-    with pytest.raises(AdapterError, match="got nobody"):
-        PSABatchProfiles.execute([])
+@pytest.mark.parametrize("masks", [1, 2])
+def test_one_mask_for_all_latents_is_one_for_everybody(masks: int) -> None:
+    latent = {"samples": torch.zeros(2, 4, 8, 8), "noise_mask": torch.rand(masks, 64, 64)}
+    (repeated,) = PSARepeatLatent.execute(latent, users(0, 1)).args
+    assert torch.equal(repeated["noise_mask"][::2], repeated["noise_mask"][1::2])
+    assert torch.equal(repeated["noise_mask"][2], latent["noise_mask"][-1])
 
 
-def test_all_levels_from_the_mildest_to_the_strictest() -> None:
-    (profiles,) = PSASafetyLevels.execute().args
-    assert profiles == [level.profile for level in levels()]
-    bans = [len(banned_categories(profile)) for profile in profiles]
-    assert (bans[0], bans[-1]) == (0, 7)
+def test_all_levels_from_the_mildest_to_the_strictest(model: ModelPatcher) -> None:
+    adapter = load_adapter(MINIATURE / "adapters" / "psa_miniature.safetensors")
+    (everybody,) = PSASafetyLevels.execute(adapter).args
+    assert count(everybody) == 6
+    text = effect(everybody, adapter).text
+    assert text is not None
+    for number, level in enumerate(levels()):
+        alone = adapter.effect(AttributesEncoder().encode([level.profile])).text
+        assert alone is not None
+        assert torch.equal(text.user[number], alone.user[0])
+
+
+def test_prompts_that_are_there_for_each_image_take_turns_too(
+    model: ModelPatcher, adapters: dict[str, PSAAdapter]
+) -> None:
+    """As nodes that encode several prompts make them: four prompts for four images of two people."""
+    prompts = torch.cat([conditioning(TINY, seed)[0][0] for seed in (11, 12, 13, 14)])
+    patched = apply_psa(model, adapters["all"], users(0, 1))
+    together = denoise(patched, [[prompts, {}]], NEGATIVE, LATENT.repeat(4, 1, 1, 1), 4.0)
+    for i in range(4):
+        patched = apply_psa(model, adapters["all"], users(i % 2))
+        assert difference(together[i : i + 1], denoise(patched, [[prompts[i : i + 1], {}]], NEGATIVE, LATENT, 4.0)) < (
+            ROUNDING
+        )
+
+
+def test_tiles_of_several_people_are_refused_even_alone(model: ModelPatcher, adapters: dict[str, PSAAdapter]) -> None:
+    """At CFG 1 there is one chunk: nothing else would tell tiles from people who take turns."""
+
+    def tiles(apply_model: Any, given: dict[str, Any]) -> Tensor:
+        x = torch.cat((given["input"], given["input"]))
+        c = {**given["c"], "c_crossattn": torch.cat((given["c"]["c_crossattn"],) * 2)}
+        return apply_model(x, torch.cat((given["timestep"],) * 2), **c)[: len(x) // 2]
+
+    tiled = model.clone()
+    tiled.set_model_unet_function_wrapper(tiles)
+    with pytest.raises(AdapterError, match="Another node put 4 pictures into one call"):
+        run(apply_psa(tiled, adapters["constant"], users(0, 1)), LATENT.repeat(2, 1, 1, 1), cfg=1.0)
 
 
 # Strength along a run.
@@ -241,7 +278,13 @@ def test_a_flat_curve_is_the_strength(model: ModelPatcher, adapters: dict[str, P
     assert torch.equal(run(patched), run(apply_psa(model, adapters[kind], users(0))))
 
 
-@pytest.mark.parametrize("strengths", [[-1.0], [float("inf")], [], 0.5, ["much"]])
+@each_kind
+def test_one_number_is_a_flat_curve(model: ModelPatcher, adapters: dict[str, PSAAdapter], kind: str) -> None:
+    (patched,) = PSAApply.execute(model, adapters[kind], users(0), 1.0, 0.0, 1.0, strengths=0.5).args
+    assert difference(run(patched), run(apply_psa(model, adapters[kind], users(0), 0.5))) < ROUNDING
+
+
+@pytest.mark.parametrize("strengths", [[-1.0], [float("inf")], [], ["much"]])
 def test_other_strengths_are_refused(
     model: ModelPatcher, adapters: dict[str, PSAAdapter], strengths: list[float] | float
 ) -> None:

@@ -261,8 +261,19 @@ def test_apply_psa_follows_a_strength_that_is_a_number_elsewhere(page: Page) -> 
     expect(badge).to_have_text("Off: strength 0 is the base model")
     set_widget(page, "PrimitiveFloat", "value", 0.5)
     expect(badge).to_have_text("Acts at strength 0.5")
+    page.evaluate("() => { app.graph.nodes.find((node) => node.type === 'PrimitiveFloat').mode = 4; }")
+    expect(badge).to_have_text("Acts at strength 1")
+    page.evaluate("() => { app.graph.nodes.find((node) => node.type === 'PrimitiveFloat').mode = 0; }")
     page.evaluate("() => { window.goFar(); }")
     expect(badge).to_have_text("The strength comes from another node")
+
+
+def test_apply_psa_says_that_its_strength_changes_on_the_way(page: Page) -> None:
+    add_node(page, "PSAApply")
+    badge = page.get_by_role("group", name="What PSA does here").get_by_role("status")
+    expect(badge).to_have_text("Acts at strength 1")
+    set_widget(page, "PSAApply", "schedule", "cosine")
+    expect(badge).to_have_text("Acts at strength 1, along a curve")
 
 
 def prompt(page: Page) -> dict[str, Any]:

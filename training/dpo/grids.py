@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ...adapter import UserEffect
+from ...line_breaks import wrapped
 from ..base import BaseModel, TextEmbedding
 from ..config import ValidationSection
-from ..lettering import font, wrapped
+from ..lettering import font
 from .inputs import Text, UNetInputs, guided_inputs
 from .policy import Policy
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import PIL.Image
 from PIL import ImageDraw
 
+from ...line_breaks import wrapped
 from ...profiles import Category
-from ..lettering import font, wrapped
+from ..lettering import font
 from .drawing import glyph_icon
 
 _TILE, _GAP, _MARGIN, _SIDE = 144, 10, 28, 190

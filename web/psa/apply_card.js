@@ -2,7 +2,7 @@
 /** The card on Apply PSA: whether it acts at all, and what the adapter acts on. It knows nothing of the user. */
 
 import { h } from './elements.js'
-import { BYPASS, NEVER, effectiveMode, follow, inputNode, isLinked, putCard, whileShown } from './nodes.js'
+import { ALWAYS, BYPASS, NEVER, effectiveMode, follow, inputNode, isLinked, putCard, whileShown } from './nodes.js'
 import { problemOf } from './store.js'
 import { t } from './words.js'
 
@@ -18,10 +18,21 @@ export function addApplyCard(node, store) {
   const facts = h('div', { class: 'psa-card-body' })
   putCard(node, h('div', { class: 'psa-card', role: 'group', 'aria-label': t('what_applies') }, badge, facts), HEIGHT)
 
+  /** @param {string} wanted */
+  function widget(wanted) {
+    return node.widgets?.find(({ name }) => name === wanted)?.value
+  }
+
+  /** @returns {boolean} Whether the strength changes on the way. */
+  function isAlongACurve() {
+    return isLinked(node, 'strengths') || isLinked(node, 'schedule') || widget('schedule') !== 'constant'
+  }
+
   /** @returns {number | null} Null if another node says it, and not in a plain number. */
   function strength() {
-    if (!isLinked(node, 'strength')) return Number(node.widgets?.find(({ name }) => name === 'strength')?.value)
-    const source = inputNode(node, 'strength')
+    const source = isLinked(node, 'strength') ? inputNode(node, 'strength') : null
+    // ComfyUI leaves a bypassed number out, and takes the node's own.
+    if (!isLinked(node, 'strength') || (source && effectiveMode(source) !== ALWAYS)) return Number(widget('strength'))
     const plain = source && NUMBERS.includes(source.type) && !isLinked(source, 'value')
     return plain ? Number(source.widgets?.[0]?.value) : null
   }
@@ -41,7 +52,8 @@ export function addApplyCard(node, store) {
     badge.classList.toggle('psa-off', why !== null)
     badge.replaceChildren(
       h('i', { class: `pi pi-${why ? 'exclamation-triangle' : 'shield'}`, 'aria-hidden': 'true' }),
-      h('span', {}, why ? t(why) : value === null ? t('acts') : t('acts_at', { strength: Number(value.toFixed(2)) }))
+      h('span', {}, why ? t(why) : value === null ? t('acts')
+        : t(isAlongACurve() ? 'acts_along' : 'acts_at', { strength: Number(value.toFixed(2)) }))
     )
   }
 
@@ -64,7 +76,7 @@ export function addApplyCard(node, store) {
 
   // ComfyUI tells nobody that a node was bypassed.
   whileShown(node, () => {
-    const stops = [follow(() => `${effectiveMode(node)} ${strength()}`, showBadge), follow(() => `${isLinked(node, 'adapter')} ${adapterName()}`, showFacts)]
+    const stops = [follow(() => `${effectiveMode(node)} ${strength()} ${isAlongACurve()}`, showBadge), follow(() => `${isLinked(node, 'adapter')} ${adapterName()}`, showFacts)]
     return () => stops.forEach((stop) => stop())
   })
 }

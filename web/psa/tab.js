@@ -23,12 +23,14 @@ export const TAB_ID = 'psa-profiles'
  * @type {ReturnType<typeof makeTab> | null}
  */
 let tab = null
+let translate = () => {}
 
 /** Open the tab with a profile in the editor, or with a new one. @param {string | null} id */
 export function openEditor(id) {
   const { command } = app.extensionManager
   const toggle = `Workspace.ToggleSidebarTab.${TAB_ID}` // ComfyUI makes this command for each tab
   if (!command.commands.find((known) => known.id === toggle)?.active?.()) command.execute(toggle)
+  translate()
   tab?.edit(id)
 }
 
@@ -37,9 +39,9 @@ export function profilesTab(store) {
   let made = tab = makeTab(store)
   let stop = () => {}
 
-  /** Speak ComfyUI's language, which may have changed; while something is edited, wait. */
-  function translate() {
-    if (made.language === language() || made.isEditing()) return
+  /** Speak ComfyUI's language, which may have changed; while something is edited or can be undone, wait. */
+  translate = () => {
+    if (made.language === language() || made.isBusy()) return
     made.end()
     made = tab = makeTab(store)
     const shown = app.extensionManager.getSidebarTabs().find(({ id }) => id === TAB_ID)
@@ -54,7 +56,7 @@ export function profilesTab(store) {
     type: /** @type {const} */ ('custom'),
     /** @param {HTMLElement} place */
     render(place) {
-      stop = follow(() => `${language()} ${made.isEditing()}`, () => {
+      stop = follow(() => `${language()} ${made.isBusy()}`, () => {
         translate()
         if (!place.contains(made.element)) place.replaceChildren(made.element)
       })
@@ -267,5 +269,5 @@ function makeTab(store) {
   }, listening)
   body.replaceChildren(search, list)
   showList()
-  return { element, edit, focus, language: language(), isEditing: () => open !== null, end: () => listening.abort() }
+  return { element, edit, focus, language: language(), isBusy: () => open !== null || said.childElementCount > 0, end: () => listening.abort() }
 }
