@@ -269,5 +269,5 @@ function makeTab(store) {
   }, listening)
   body.replaceChildren(search, list)
   showList()
-  return { element, edit, focus, language: language(), isBusy: () => open !== null || said.childElementCount > 0, end: () => listening.abort() }
+  return { element, edit, focus, language: language(), isBusy: () => open !== null || said.querySelector('button') !== null, end: () => listening.abort() }
 }
