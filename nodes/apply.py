@@ -10,7 +10,7 @@ from ..profiles import EncoderError, SafetyEmbedding
 from ..profiles.encoders import llm_identity
 from .curve import FLAT, Curve
 from .patch import UserPatch
-from .people import People, each, effect
+from .people import People, effect, embeddings
 
 
 def apply_psa(
@@ -45,7 +45,8 @@ def apply_psa(
             f"Apply PSA would never act: start_percent {start_percent:g} is not before end_percent {end_percent:g}. "
             "Set a range, or strength 0 if the base model is what you want."
         )
-    each(embedding, lambda part: check_encoder(adapter, part))
+    for part in embeddings(embedding):
+        check_encoder(adapter, part)
     sites = find_sites(model.model.diffusion_model)
     adapter.check_sites(sites)
     with torch.no_grad():

@@ -55,7 +55,7 @@ class Curve:
         position = place * (len(self.points) - 1)
         below = min(int(position), len(self.points) - 1)
         above = min(below + 1, len(self.points) - 1)
-        return _between(self.points, below, above, position - below)
+        return self.points[below] + (position - below) * (self.points[above] - self.points[below])
 
 
 FLAT = Curve()
@@ -80,7 +80,3 @@ def points_of(strengths: Sequence[float] | float | None) -> tuple[float, ...]:
             "list, or nothing."
         )
     return points
-
-
-def _between(points: Sequence[float], below: int, above: int, share: float) -> float:
-    return points[below] + share * (points[above] - points[below])

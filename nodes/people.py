@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -29,13 +29,13 @@ class Group:
 People: TypeAlias = SafetyEmbedding | Mixture | Group
 
 
-def each(people: People, check: Callable[[SafetyEmbedding], None]) -> None:
-    """Call ``check`` with every embedding in it."""
+def embeddings(people: People) -> Iterator[SafetyEmbedding]:
+    """Yield every embedding in it."""
     if isinstance(people, SafetyEmbedding):
-        check(people)
+        yield people
     else:
         for part in people.parts if isinstance(people, Mixture) else people.members:
-            each(part, check)
+            yield from embeddings(part)
 
 
 def count(people: People) -> int:

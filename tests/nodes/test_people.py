@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.sample
@@ -18,7 +19,7 @@ from comfyui_psa.nodes.apply import apply_psa
 from comfyui_psa.nodes.curve import Curve
 from comfyui_psa.nodes.people import Group, Mixture, People, count, effect
 from comfyui_psa.nodes.people_nodes import PSABatchProfiles, PSAMixProfiles, PSARepeatLatent, PSASafetyLevels
-from comfyui_psa.profiles import levels
+from comfyui_psa.profiles import EncoderError, SafetyEmbedding, levels
 from comfyui_psa.profiles.encoders import AttributesEncoder
 from comfyui_psa.training.miniature import MINIATURE
 
@@ -114,9 +115,18 @@ def test_parts_of_other_sizes_and_of_other_widths(model: ModelPatcher, adapters:
     two_and_three = mixture((users(0, 1), 0.5), (users(0, 1, 2), 0.5))
     with pytest.raises(AdapterError, match="2 users in one part and 3 in another"):
         apply_psa(model, adapters["constant"], two_and_three)
-    wide = type(users(0))(torch.zeros(1, 5))
+    wide = SafetyEmbedding(torch.zeros(1, 5))
     with pytest.raises(AdapterError, match=r"has shape \[1, 5\]"):
         apply_psa(model, adapters["constant"], mixture((users(0), 0.5), (wide, 0.5)))
+
+
+@pytest.mark.parametrize("together", [lambda *people: Mixture(people, (0.5, 0.5)), lambda *people: Group(people)])
+def test_one_of_them_from_another_encoder_is_refused(
+    model: ModelPatcher, adapters: dict[str, PSAAdapter], together: Callable[..., People]
+) -> None:
+    other = SafetyEmbedding(users(1).vectors, "llm:Other:0")
+    with pytest.raises(EncoderError, match="comes from the encoder llm:Other:0"):
+        apply_psa(model, adapters["constant"], together(users(0), other))
 
 
 # One batch, many people.
