@@ -62,15 +62,25 @@ def load_adapter_config(path: Path) -> AdapterConfig:
     return load_adapter(path).config
 
 
-def save_adapter(adapter: PSAAdapter, path: Path) -> None:
+def save_adapter(adapter: PSAAdapter, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write an adapter in our format. A failure leaves an existing file as it was.
 
-    Each tensor is stored as bfloat16 if that loses nothing (the release's projection), else as float32.
+    Each tensor is stored in half the size if that loses nothing (the release's projection), else as float32.
+
+    Args:
+        adapter: what is written; it stays as it is.
+        path: the file.
+        dtype: what weights are rounded to before; float32 keeps every bit.
 
     Raises:
-        AdapterError: the file cannot be written.
+        AdapterError: the file cannot be written, or weights are too large for ``dtype``.
     """
-    tensors = {name: _compact(tensor.detach().cpu().float()) for name, tensor in adapter.state_dict().items()}
+    state = {name: tensor.detach().cpu().float() for name, tensor in adapter.state_dict().items()}
+    tensors = {name: _compact(tensor.to(dtype).float()) for name, tensor in state.items()}
+    if too_large := [name for name in state if bool((state[name].isfinite() & tensors[name].isinf()).any())]:
+        raise AdapterError(
+            f"The weights of {too_large[0]} are too large for {dtype}. Write the adapter in float32 or bfloat16."
+        )
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -88,8 +98,10 @@ def save_adapter(adapter: PSAAdapter, path: Path) -> None:
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    small = tensor.to(torch.bfloat16)
-    return small if torch.equal(small.to(tensor.dtype), tensor) else tensor.contiguous()
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal((small := tensor.to(dtype)).to(tensor.dtype), tensor):
+            return small
+    return tensor.contiguous()
 
 
 def _read_config(metadata: Mapping[str, str], path: Path) -> AdapterConfig:

@@ -107,6 +107,7 @@ class AdapterSection(Section):
     name: str = Field("psa_adapter", pattern=r"^[\w][\w.-]*$", description="the file name, without ending")
     null: NullMode = "zero_embedding"
     standardise: bool = Field(True, description="standardise user embeddings; false is the paper")
+    dtype: Precision = Field("fp32", description="what the finished adapter's weights are rounded to")
 
     @field_validator("kinds")
     @classmethod

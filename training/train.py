@@ -98,7 +98,7 @@ def train(config: TrainConfig, console: Console) -> Path:
     trained = trainer.adapter()
     if trained is not None:
         if finished:
-            save_adapter(trained, target)
+            save_adapter(trained, target, DTYPES[config.adapter.dtype])
         write_report(config.run.output, config, _facts(config, accelerator, data, trainer))
     accelerator.end_training()
     if not finished:

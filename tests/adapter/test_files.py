@@ -92,6 +92,30 @@ def test_file_written_again_from_what_was_read_is_the_same(rich: PSAAdapter, tmp
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounded_weights_take_half_the_room_and_are_the_rounded_ones(
+    rich: PSAAdapter, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    before = {name: tensor.clone() for name, tensor in rich.state_dict().items()}
+    save_adapter(rich, tmp_path / "whole.safetensors")
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(rich, path, dtype)
+    assert {tensor.dtype.itemsize for tensor in load_file(path).values()} == {2}
+    assert all(
+        same_bits(tensor, before[name].to(dtype).float()) for name, tensor in load_adapter(path).state_dict().items()
+    )
+    assert all(same_bits(tensor, before[name]) for name, tensor in rich.state_dict().items())
+
+
+def test_weights_too_large_for_a_precision_are_refused_and_nothing_is_written(rich: PSAAdapter, tmp_path: Path) -> None:
+    with torch.no_grad():
+        rich.user_proj.proj.weight[0, 0] = 1e6
+    path = tmp_path / "adapter.safetensors"
+    with pytest.raises(AdapterError, match=r"user_proj\.proj\.weight .*float16.* bfloat16"):
+        save_adapter(rich, path, torch.float16)
+    assert not path.exists()
+
+
 def test_file_describes_itself(rich: PSAAdapter, tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     save_adapter(rich, path)

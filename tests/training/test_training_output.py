@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from observed_runs import MARKERS, ROWS, STEPS, USERS, Base, Run, embedding, marked_split, train_tiny
 from pairs import read_metadata
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -158,3 +159,13 @@ def test_what_this_machine_has_not(
 ) -> None:
     with pytest.raises(TrainingError, match=message):
         train_tiny(bases["sd"], split, tmp_path / "run", settings)
+
+
+def test_a_finished_adapter_is_rounded_if_the_configuration_says_so_and_checkpoints_are_not(
+    bases: dict[str, Base], split: Path, tmp_path: Path
+) -> None:
+    config = train_tiny(bases["sd"], split, tmp_path / "run", {"adapter.dtype": "fp16"}).config
+    whole = load_adapter(config.run.output / "checkpoints" / f"step-{STEPS:06d}" / "adapter.safetensors").state_dict()
+    rounded = load_adapter(adapter_file(config)).state_dict()
+    assert any(not torch.equal(whole[name], rounded[name]) for name in whole)
+    assert all(torch.equal(whole[name].half().float(), rounded[name]) for name in whole)

@@ -251,4 +251,4 @@ def test_the_plan_that_is_shipped_names_settings_that_exist() -> None:
     plan = ablation.load_ablation(ablation.PLAN)
     configs = {name: load_config(Path("miniature"), variant.set) for name, variant in plan.variants.items()}
     assert len({config.model_dump_json() for config in configs.values()}) == len(configs)
-    assert configs["text"] == load_config(Path("miniature"))
+    assert configs["text, mlp"] == load_config(Path("miniature"))
