@@ -27,6 +27,8 @@ SUFFIXES = (".npy", ".safetensors")
 class SafetyEmbedding:
     """Embeddings ``[users, dim]``, float32 and finite; ``encoder`` is the encoder's identity, if known.
 
+    ``categories`` are what one user bans, where that is known; they are in memory alone and never in a file.
+
     Raises:
         EncoderError: another shape, or NaN or infinity.
     """
@@ -34,6 +36,7 @@ class SafetyEmbedding:
     vectors: Tensor
     encoder: str | None = None
     source: str = "the embedding"
+    categories: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check the shape and the values."""

@@ -16,11 +16,15 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def users(number: int, spec: TextSpec = TEXT, pooled: bool = True) -> UserText:
+def effect_of(embedding: Tensor, spec: TextSpec = TEXT, pooled: bool = True) -> UserText:
     spec = spec.model_copy(update={"pooled_dim": POOLED if pooled else None})
-    text = kinds_adapter((), WIDTH, text=spec).effect(drawn(number, EMBEDDING_DIM)).text
+    text = kinds_adapter((), WIDTH, text=spec).effect(embedding).text
     assert text is not None
     return text
+
+
+def users(number: int, spec: TextSpec = TEXT, pooled: bool = True) -> UserText:
+    return effect_of(drawn(number, EMBEDDING_DIM), spec, pooled)
 
 
 @pytest.mark.parametrize("spec", [TEXT, MLP], ids=["attention", "mlp"])
@@ -38,8 +42,7 @@ def test_one_prompt_or_one_user_serves_all(prompts: int, people: int) -> None:
     text, ours = drawn(prompts, 5, WIDTH), users(people)
     together = ours.tokens(text)
     for i, row in enumerate(together):
-        place = slice(min(i, people - 1), min(i, people - 1) + 1)
-        alone = ours._replace(user=ours.user[place], shares=ours.shares[place])
+        alone = effect_of(drawn(people, EMBEDDING_DIM)[min(i, people - 1)][None])
         assert torch.allclose(row, alone.tokens(text[min(i, prompts - 1)][None])[0], atol=1e-6)
     assert ours.pooled(drawn(prompts, POOLED)).shape == (3, POOLED)
 
