@@ -94,3 +94,8 @@ def category_lists(profile: Profile) -> tuple[list[Category], list[Category]]:
 def banned_categories(profile: Profile) -> tuple[Category, ...]:
     """Return the banned categories, in the order of ``CATEGORIES``."""
     return tuple(category for category, decision in decide(profile).items() if decision.banned)
+
+
+def bans_alone(profile: Profile) -> Profile:
+    """Return a profile that bans the same and says nothing else: no attribute, no reason."""
+    return Profile(overrides=dict.fromkeys(banned_categories(profile), "ban"))
