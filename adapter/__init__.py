@@ -7,6 +7,7 @@ from .adapter import PSAAdapter, UserEffect
 from .algebra import joined, mixed, users_of
 from .compiled import (
     COMPILED_SUFFIX,
+    PRECISIONS,
     CompiledProfile,
     Precision,
     adapter_hash,
@@ -28,6 +29,7 @@ __all__ = [
     "COMPILED_SUFFIX",
     "FAMILIES",
     "PAPER_CATEGORIES",
+    "PRECISIONS",
     "SUFFIXES",
     "TEMPLATE_NAME",
     "WORKS_WITH",

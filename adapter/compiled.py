@@ -32,6 +32,7 @@ FORMAT = "psa_compiled"
 FORMAT_VERSION = "1"
 COMPILED_SUFFIX = ".safetensors"
 Precision = Literal["fp32", "fp16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 

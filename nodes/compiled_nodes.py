@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..adapter import (
     COMPILED_SUFFIX,
+    PRECISIONS,
     AdapterError,
     Precision,
     PSAAdapter,
@@ -17,6 +18,8 @@ from ..adapter import (
     load_compiled,
     save_compiled,
 )
+from ..profiles import bans_alone
+from .encode import encode_profile
 from .folders import COMPILED, check_file, file_fingerprint, file_names, find_file, missing_file, place_for
 from .people import People, categories_of, effect
 from .schema import Adapter, Embedding, node_schema
@@ -24,7 +27,6 @@ from .together import check_together
 
 # One that every file system takes, and that leads nowhere else.
 _FILE_NAME = re.compile(r"\w(?:[\w .+-]{0,98}[\w+-])?")
-_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 
 
 class PSACompileProfile(io.ComfyNode):
@@ -53,9 +55,15 @@ class PSACompileProfile(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=list(_PRECISIONS),
-                    default=_PRECISIONS[0],
+                    options=list(PRECISIONS),
+                    default=PRECISIONS[0],
                     tooltip="fp32 gives exactly the same pictures as adapter and embedding; fp16 is half as large.",
+                ),
+                io.Boolean.Input(
+                    "bans_only",
+                    default=False,
+                    tooltip="Compile from the set of banned categories alone: then the file tells nothing else of the "
+                    "person, and acts as it would for anyone who bans the same.",
                 ),
                 io.Boolean.Input(
                     "include_categories",
@@ -94,6 +102,7 @@ class PSACompileProfile(io.ComfyNode):
         embedding: People,
         file_name: str,
         precision: Precision = "fp32",
+        bans_only: bool = False,
         include_categories: bool = False,
         overwrite: bool = False,
     ) -> io.NodeOutput:
@@ -101,14 +110,16 @@ class PSACompileProfile(io.ComfyNode):
         if problem := _problem(file_name):
             raise AdapterError(problem)
         check_together(embedding, adapter)
-        categories = categories_of(embedding) if include_categories else None
-        if include_categories and categories is None:
+        banned = categories_of(embedding)
+        if banned is None and (bans_only or include_categories):
             raise AdapterError(
-                "It is not known what is banned: the embedding is a mixture, or comes from a file. Switch "
-                "include_categories off, or connect Encode Safety Profile."
+                "It is not known what is banned: the embedding is a mixture, or comes from a file. Switch bans_only "
+                "and include_categories off, or connect Encode Safety Profile."
             )
+        if banned is not None and bans_only:
+            embedding = encode_profile(adapter, bans_alone(banned))
         with torch.no_grad():
-            profile = compile_profile(adapter, effect(embedding, adapter), categories)
+            profile = compile_profile(adapter, effect(embedding, adapter), banned if include_categories else None)
         path = _path(file_name)
         save_compiled(profile, path, precision, overwrite)
         return io.NodeOutput(load_compiled(path))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..adapter import CompiledProfile, NullMode, PSAAdapter, UserEffect, joined, mixed
-from ..profiles import SafetyEmbedding
+from ..profiles import Category, SafetyEmbedding
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +50,9 @@ def count(people: People) -> int:
     return max(count(part) for part in people.parts)
 
 
-def categories_of(people: People) -> tuple[str, ...] | None:
-    """Return the banned categories of one person, or None if they are not known."""
-    if isinstance(people, SafetyEmbedding):
-        return people.categories
-    return people.spec.categories if isinstance(people, CompiledProfile) else None
+def categories_of(people: People) -> tuple[Category, ...] | None:
+    """Return the banned categories of one person whose profile was encoded here, or None: they are not known."""
+    return people.categories if isinstance(people, SafetyEmbedding) else None
 
 
 def effect(people: People, adapter: PSAAdapter | None, null: NullMode | None = None) -> UserEffect:

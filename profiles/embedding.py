@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..safe_files import DAMAGE, PRIVATE, replacing
 from .errors import EncoderError
+from .schema import Category
 
 FORMAT = "psa_embedding"
 FORMAT_VERSION = "1"
@@ -36,7 +37,7 @@ class SafetyEmbedding:
     vectors: Tensor
     encoder: str | None = None
     source: str = "the embedding"
-    categories: tuple[str, ...] | None = None
+    categories: tuple[Category, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check the shape and the values."""

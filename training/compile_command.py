@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..adapter import (
     COMPILED_SUFFIX,
+    PRECISIONS,
     AdapterError,
     Precision,
     compile_profile,
@@ -62,7 +63,7 @@ def compile_command(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = encoder_of(loaded.config.encoder, models or [], device)
     with torch.no_grad():
-        vectors = encoder.encode([bans_alone(person) if bans_only else person])
+        vectors = encoder.encode([bans_alone(banned) if bans_only else person])
         compiled = compile_profile(loaded, loaded.effect(vectors), banned if include_categories else None)
     save_compiled(compiled, output, _precision(precision), overwrite)
     spec = load_compiled(output).spec
@@ -77,8 +78,9 @@ def compile_command(
 
 
 def _precision(value: str) -> Precision:
-    if value == "fp32" or value == "fp16":
-        return value
+    for known in PRECISIONS:
+        if value == known:
+            return known
     raise AdapterError(f'There is no precision "{value}": expected fp32 or fp16.')
 
 

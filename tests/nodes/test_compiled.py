@@ -32,7 +32,15 @@ from comfyui_psa.nodes.folders import register_folders
 from comfyui_psa.nodes.patch import UserPatch
 from comfyui_psa.nodes.people import Group, Mixture, People, count
 from comfyui_psa.nodes.people_nodes import PSABatchProfiles, PSAMixProfiles, PSARepeatLatent
-from comfyui_psa.profiles import EncoderError, SafetyEmbedding, levels, load_embedding, save_embedding
+from comfyui_psa.profiles import (
+    EncoderError,
+    Profile,
+    SafetyEmbedding,
+    banned_categories,
+    levels,
+    load_embedding,
+    save_embedding,
+)
 
 LATENT = noise(1, 4, 8, 8)
 KINDS: dict[str, dict[str, Any]] = {
@@ -225,8 +233,10 @@ def test_a_null_user_that_the_file_has_not(model: ModelPatcher, adapters: dict[s
 def miniature_adapter() -> PSAAdapter:
     adapter = kinds_adapter((), TINY.context_dim, text=TEXT)
     spec = adapter.config.encoder.model_copy(update={"name": "attributes-1"})
-    adapter.config = adapter.config.model_copy(update={"encoder": spec, "embedding_dim": 37})
-    return PSAAdapter(adapter.config).requires_grad_(False)
+    other = PSAAdapter(adapter.config.model_copy(update={"encoder": spec, "embedding_dim": 37})).requires_grad_(False)
+    for weight in other.zero_at_start():
+        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    return other
 
 
 def test_categories_only_if_the_owner_agrees(folder: Path) -> None:
@@ -246,8 +256,21 @@ def test_categories_that_nobody_knows(tmp_path: Path) -> None:
     assert b"Violence" not in (tmp_path / "embedding.safetensors").read_bytes()
     from_file = load_embedding(tmp_path / "embedding.safetensors")
     for people in (from_file, Mixture((embedding, from_file), (0.5, 0.5))):
-        with pytest.raises(AdapterError, match="not known what is banned"):
-            PSACompileProfile.execute(adapter, people, "mine", include_categories=True)
+        for options in ({"include_categories": True}, {"bans_only": True}):
+            with pytest.raises(AdapterError, match="not known what is banned"):
+                PSACompileProfile.execute(adapter, people, "mine", **options)
+
+
+def test_from_bans_alone_attributes_change_nothing(folder: Path) -> None:
+    adapter, profile = miniature_adapter(), levels()[2].profile
+    someone_else = Profile(overrides=dict.fromkeys(banned_categories(profile), "ban"))
+    ours = through_a_file(adapter, encode_profile(adapter, profile), bans_only=True)
+    theirs = through_a_file(adapter, encode_profile(adapter, someone_else), "theirs")
+    itself = through_a_file(adapter, encode_profile(adapter, profile), "itself")
+    text = noise(1, 3, TINY.context_dim)
+    changed = [found.effect.text.tokens(text) for found in (ours, theirs, itself) if found.effect.text]
+    assert torch.equal(changed[0], changed[1])
+    assert difference(changed[2], changed[0]) > 1e-3
 
 
 def test_several_people_and_another_encoder_are_refused(adapters: dict[str, PSAAdapter], folder: Path) -> None:
