@@ -29,7 +29,7 @@ def check_together(people: People, adapter: PSAAdapter | None) -> None:
     expected = compiled[0].spec.adapter if adapter is None else adapter_hash(adapter)
     for profile in compiled:
         if profile.spec.adapter != expected:
-            other = f"{compiled[0].source} does" if adapter is None else "the connected one"
+            other = compiled[0].source if adapter is None else "the connected one"
             raise AdapterError(
                 f"{profile.source} was compiled with another adapter than {other}. Compile the profile again with the "
                 "same adapter; if only compiled profiles are connected, none is needed here."
