@@ -68,3 +68,13 @@ def test_strength_zero_and_an_untrained_part_give_the_text_back() -> None:
 def test_half_precision_text_is_computed_in_float32(dtype: torch.dtype) -> None:
     text, ours = drawn(1, 5, WIDTH).to(dtype), users(1)
     assert torch.equal(ours.tokens(text), ours.tokens(text.float()).to(dtype))
+
+
+@pytest.mark.parametrize("spec", [TEXT, MLP], ids=["attention", "mlp"])
+def test_everything_of_the_text_side_is_trained(spec: TextSpec) -> None:
+    adapter = kinds_adapter((), WIDTH, text=spec.model_copy(update={"pooled_dim": POOLED})).requires_grad_(True)
+    text = adapter.effect(drawn(2, EMBEDDING_DIM)).text
+    assert text is not None
+    (text.tokens(drawn(2, 5, WIDTH)).square().sum() + text.pooled(drawn(2, POOLED)).square().sum()).backward()
+    without = [name for name, weight in adapter.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert without == []
