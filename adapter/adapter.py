@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .config import AdapterConfig, NullMode
 from .constant import SiteVectors, UserCrossAttention
 from .errors import AdapterError
-from .families import describe
 from .gated import GatedUserAttention, SiteGate
 from .sites import Site
 from .text import TextAdapter, UserText, UserTextAttention, UserTextMLP
@@ -93,14 +92,11 @@ class PSAAdapter(nn.Module):
 
     def check_sites(self, sites: Sequence[Site]) -> None:
         """Raise AdapterError unless these are the cross-attention layers that the adapter was trained for."""
-        found = [site.hidden_size for site in sites]
-        widths = sorted({site.cross_attention_dim for site in sites})
-        expected = list(self.config.hidden_sizes or found)
-        if found != expected or widths != [self.config.cross_attention_dim]:
-            model = describe(found, widths[0]) if len(widths) == 1 else f"a UNet with the text widths {widths}"
+        other = self.config.other_model(sites)
+        if other is not None:
             raise AdapterError(
                 f"This adapter was trained for {self.config.describe_base()}, but the connected model is "
-                f"{model}. Load a checkpoint of the adapter's family, or an adapter made for "
+                f"{other}. Load a checkpoint of the adapter's family, or an adapter made for "
                 "this model."
             )
 

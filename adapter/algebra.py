@@ -20,7 +20,7 @@ from .adapter import UserEffect
 from .constant import SiteVectors
 from .errors import AdapterError
 from .gated import SiteGate
-from .text import UserText
+from .text import TextGate, TextResidual, TextShift, UserText
 
 
 def mixed(effects: Sequence[UserEffect], weights: Sequence[float]) -> UserEffect:
@@ -76,7 +76,7 @@ def users_of(effect: UserEffect) -> int:
     if effect.gated is not None:
         return effect.gated[0].values.shape[0]
     assert effect.text is not None  # an adapter acts in some way
-    return effect.text.user.shape[0]
+    return effect.text.users
 
 
 def _gates(effects: Sequence[UserEffect]) -> list[tuple[SiteGate, ...]]:
@@ -108,8 +108,19 @@ def _mixed_gates(parts: Sequence[SiteGate], shares: Sequence[float]) -> SiteGate
 def _mixed_text(parts: Sequence[UserText], shares: Sequence[float]) -> UserText | None:
     if not parts:
         return None
-    counts = [share * part.shares for part, share in zip(parts, shares, strict=True)]
-    return UserText(parts[0].adapter, torch.cat([part.user for part in parts], dim=1), torch.cat(counts, dim=1))
+    pooled = [part.on_pooled for part in parts if part.on_pooled]
+    tokens = _mixed_residuals([part.on_tokens for part in parts], shares)
+    return UserText(tokens, _mixed_residuals(pooled, shares) if pooled else None)
+
+
+def _mixed_residuals(parts: Sequence[TextResidual], shares: Sequence[float]) -> TextResidual:
+    gates = [part for part in parts if isinstance(part, TextGate)]
+    if gates:
+        return gates[0]._replace(gate=_mixed_gates([part.gate for part in gates], shares))
+    shifts = [part for part in parts if isinstance(part, TextShift)]
+    counts = [share * part.shares for part, share in zip(shifts, shares, strict=True)]
+    biases = torch.cat([part.biases for part in shifts], dim=1)
+    return shifts[0]._replace(biases=biases, shares=torch.cat(counts, dim=1))
 
 
 def _joined_rows(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -126,7 +137,18 @@ def _joined_gates(parts: Sequence[SiteGate]) -> SiteGate:
 
 
 def _joined_text(parts: Sequence[UserText]) -> UserText:
-    most = max(part.user.shape[1] for part in parts)
-    users = [F.pad(part.user, (0, 0, 0, 0, 0, most - part.user.shape[1])) for part in parts]
-    shares = [F.pad(part.shares, (0, most - part.shares.shape[1])) for part in parts]
-    return UserText(parts[0].adapter, torch.cat(users), torch.cat(shares))
+    pooled = [part.on_pooled for part in parts if part.on_pooled]
+    return UserText(
+        _joined_residuals([part.on_tokens for part in parts]), _joined_residuals(pooled) if pooled else None
+    )
+
+
+def _joined_residuals(parts: Sequence[TextResidual]) -> TextResidual:
+    gates = [part for part in parts if isinstance(part, TextGate)]
+    if gates:
+        return gates[0]._replace(gate=_joined_gates([part.gate for part in gates]))
+    shifts = [part for part in parts if isinstance(part, TextShift)]
+    most = max(part.shares.shape[1] for part in shifts)
+    biases = [F.pad(part.biases, (0, 0, 0, most - part.shares.shape[1])) for part in shifts]
+    shares = [F.pad(part.shares, (0, most - part.shares.shape[1])) for part in shifts]
+    return shifts[0]._replace(biases=torch.cat(biases), shares=torch.cat(shares))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from .families import FAMILIES, describe, family_name, family_title
+from .sites import Site
 
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, 2)
@@ -36,11 +38,13 @@ class EncoderSpec(BaseModel):
     template: str | None = None
 
 
-class _Spec(BaseModel):
+class Spec(BaseModel):
+    """A part of a description: immutable, and nothing else may stand in it."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class GatedSpec(_Spec):
+class GatedSpec(Spec):
     """The sizes of image-side user attention: tokens of a user and their width, heads and the width of each."""
 
     num_tokens: PositiveInt = 8
@@ -49,7 +53,7 @@ class GatedSpec(_Spec):
     head_dim: PositiveInt = 32
 
 
-class TextSpec(_Spec):
+class TextSpec(Spec):
     """The sizes of the text side: see ``adapter/text.py`` for its two forms.
 
     The form "mlp" has no heads, and one user token. ``pooled_dim`` is the width of the pooled text vector where the
@@ -72,7 +76,51 @@ class TextSpec(_Spec):
         return self
 
 
-class AdapterConfig(BaseModel):
+class Base(Spec):
+    """The models that an adapter, or what was made with it, is for.
+
+    ``hidden_sizes`` has one entry per cross-attention layer ("site"), in diffusers' order.
+    """
+
+    base: str = ""
+    hidden_sizes: tuple[PositiveInt, ...] = ()
+    cross_attention_dim: PositiveInt
+
+    @model_validator(mode="after")
+    def _check_base(self) -> Base:
+        if not self.hidden_sizes:
+            return self
+        expected = family_name(self.hidden_sizes, self.cross_attention_dim)
+        if self.base != expected and self.base in {family.name for family in FAMILIES}:
+            raise ValueError(f'it says its base is "{self.base}", but its layers are those of "{expected}"')
+        return self
+
+    @property
+    def num_sites(self) -> int:
+        """The number of cross-attention layers."""
+        return len(self.hidden_sizes)
+
+    @property
+    def base_title(self) -> str:
+        """The base in few words: "SDXL"."""
+        return family_title(self.base) if self.base else self.describe_base()
+
+    def describe_base(self) -> str:
+        """Return the base in words, for messages."""
+        if not self.hidden_sizes:
+            return f"models that read text of width {self.cross_attention_dim}"
+        return describe(self.hidden_sizes, self.cross_attention_dim)
+
+    def other_model(self, sites: Sequence[Site]) -> str | None:
+        """Return None if these are the base's layers (any, if it names none), else what they are, in words."""
+        found = [site.hidden_size for site in sites]
+        widths = sorted({site.cross_attention_dim for site in sites})
+        if found == list(self.hidden_sizes or found) and widths == [self.cross_attention_dim]:
+            return None
+        return describe(found, widths[0]) if len(widths) == 1 else f"a UNet with the text widths {widths}"
+
+
+class AdapterConfig(Base):
     """The configuration of an adapter.
 
     An adapter acts in up to three ways: ``constant`` (the paper: a vector per cross-attention layer), ``gated`` (image
@@ -84,11 +132,6 @@ class AdapterConfig(BaseModel):
     of a zero embedding (the paper) or nothing. ``training`` is free-form: how the adapter was made.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    base: str = ""
-    hidden_sizes: tuple[PositiveInt, ...] = ()
-    cross_attention_dim: PositiveInt
     embedding_dim: PositiveInt
     constant: bool = True
     gated: GatedSpec | None = None
@@ -132,15 +175,6 @@ class AdapterConfig(BaseModel):
             raise ValueError('only the constant kind has a null user: null has to be "none"')
         return self
 
-    @model_validator(mode="after")
-    def _check_base(self) -> AdapterConfig:
-        if not self.hidden_sizes:
-            return self
-        expected = family_name(self.hidden_sizes, self.cross_attention_dim)
-        if self.base != expected and self.base in {family.name for family in FAMILIES}:
-            raise ValueError(f'it says its base is "{self.base}", but its layers are those of "{expected}"')
-        return self
-
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """In which ways the adapter acts."""
@@ -150,19 +184,3 @@ class AdapterConfig(BaseModel):
             ("text", self.text),
         )
         return tuple(kind for kind, on in there if on)
-
-    @property
-    def num_sites(self) -> int:
-        """The number of cross-attention layers."""
-        return len(self.hidden_sizes)
-
-    @property
-    def base_title(self) -> str:
-        """The base in few words: "SDXL"."""
-        return family_title(self.base) if self.base else self.describe_base()
-
-    def describe_base(self) -> str:
-        """Return the base in words, for messages."""
-        if not self.hidden_sizes:
-            return f"models that read text of width {self.cross_attention_dim}"
-        return describe(self.hidden_sizes, self.cross_attention_dim)

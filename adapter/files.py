@@ -40,7 +40,7 @@ def load_adapter(path: Path) -> PSAAdapter:
     if path.suffix.lower() in PICKLE_SUFFIXES:
         config, tensors = translate_release(flatten_release(read_pickle(path), path), path)
         return _build(config, tensors, path)
-    tensors, metadata = _read_safetensors(path)
+    tensors, metadata = read_safetensors(path)
     if metadata.get("format") == FORMAT:
         config = _read_config(metadata, path)
     else:
@@ -56,7 +56,7 @@ def load_adapter_config(path: Path) -> AdapterConfig:
     """
     _check_file(path)
     if path.suffix.lower() == ".safetensors":
-        metadata = _read_safetensors(path, tensors=False)[1]
+        metadata = read_safetensors(path, tensors=False)[1]
         if metadata.get("format") == FORMAT:
             return _read_config(metadata, path)
     return load_adapter(path).config
@@ -167,7 +167,8 @@ def _some(names: list[str]) -> str:
     return f"{len(names)}{f' ({names[0]}, ...)' if names else ''}"
 
 
-def _read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a file, if these are wanted, and its metadata; raise AdapterError if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys() if tensors else ()

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from .config import GatedSpec
-from .text import weights_beside_sink
 
 
 class SiteGate(NamedTuple):
@@ -43,6 +42,10 @@ class SiteGate(NamedTuple):
     def to(self, dtype: torch.dtype) -> SiteGate:
         """Return it in another precision; the sink stays as it is, as the softmax does."""
         return SiteGate(self.scores.to(dtype), self.values.to(dtype), self.sink)
+
+    def repeated(self, times: int) -> SiteGate:
+        """Return it for the same users several times."""
+        return SiteGate(self.scores.repeat(times, 1, 1), self.values.repeat(times, 1, 1), self.sink)
 
 
 class GatedUserAttention(nn.Module):
@@ -69,4 +72,16 @@ class GatedUserAttention(nn.Module):
         own = torch.eye(self.heads, device=user.device, dtype=user.dtype)[:, None, :, None]
         spread = values[:, :, :, None] * own  # each head's values in its own columns
         # A copy: what shards parameters (FSDP) frees them when this is done.
-        return SiteGate(scores.flatten(2), spread.flatten(3).flatten(1, 2), self.sink.clone())
+        return SiteGate(scores.flatten(2).contiguous(), spread.flatten(3).flatten(1, 2), self.sink.clone())
+
+
+def weights_beside_sink(scores: Tensor, sink: Tensor) -> Tensor:
+    """Return the softmax weights of keys beside a sink.
+
+    Args:
+        scores: of the keys, ``[..., heads, queries, keys]``; so are the weights. They add up to less than one: the
+            sink's own weight is left out, as its value is zero.
+        sink: its score, ``[heads]``.
+    """
+    beside = sink[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, beside), dim=-1).softmax(dim=-1)[..., :-1]

@@ -6,7 +6,7 @@ import sys
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import accounts, adapter_nodes, compare, explain, miniature, people_nodes, profile_nodes, routes
+from . import accounts, adapter_nodes, compare, compiled_nodes, explain, miniature, people_nodes, profile_nodes, routes
 from .folders import register_folders
 
 
@@ -21,5 +21,5 @@ class PSAExtension(ComfyExtension):
         if module is not None:
             accounts.register(module.PromptServer.instance)
             routes.register(module.PromptServer.instance)
-        rooms = (adapter_nodes, profile_nodes, people_nodes, miniature, explain, compare)
+        rooms = (adapter_nodes, profile_nodes, compiled_nodes, people_nodes, miniature, explain, compare)
         return [node for room in rooms for node in room.NODES]

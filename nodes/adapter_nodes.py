@@ -80,9 +80,15 @@ class PSAApply(io.ComfyNode):
             "ControlNet; chain two of them to add them up. Strength 0 is exactly the base model.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to patch: a UNet of the adapter's family."),
-                Adapter.Input("adapter", tooltip="From Load PSA Adapter."),
+                Adapter.Input(
+                    "adapter",
+                    optional=True,
+                    tooltip="From Load PSA Adapter. Leave it empty for a compiled profile, which needs none.",
+                ),
                 Embedding.Input(
-                    "embedding", tooltip="From Encode Safety Profile or Load Safety Embedding: one, or one per image."
+                    "embedding",
+                    tooltip="From Encode Safety Profile, Load Safety Embedding or Load Compiled Profile: one, or one "
+                    "per image.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -140,11 +146,11 @@ class PSAApply(io.ComfyNode):
     def execute(
         cls,
         model: ModelPatcher,
-        adapter: PSAAdapter,
         embedding: People,
         strength: float,
         start_percent: float,
         end_percent: float,
+        adapter: PSAAdapter | None = None,
         unconditional: str = AS_TRAINED,
         schedule: str = CONSTANT,
         strengths: Sequence[float] | float | None = None,

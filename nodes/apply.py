@@ -5,17 +5,16 @@ from __future__ import annotations
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..adapter import AdapterError, EncoderSpec, NullMode, PSAAdapter, find_sites
-from ..profiles import EncoderError, SafetyEmbedding
-from ..profiles.encoders import llm_identity
+from ..adapter import AdapterError, CompiledProfile, NullMode, PSAAdapter, find_sites
 from .curve import FLAT, Curve
 from .patch import UserPatch
-from .people import People, effect, embeddings
+from .people import People, effect, everyone
+from .together import check_together
 
 
 def apply_psa(
     model: ModelPatcher,
-    adapter: PSAAdapter,
+    adapter: PSAAdapter | None,
     embedding: People,
     strength: float = 1.0,
     start_percent: float = 0.0,
@@ -27,7 +26,7 @@ def apply_psa(
 
     Args:
         model: any UNet with cross-attention of the adapter's family.
-        adapter: the adapter.
+        adapter: the adapter; compiled profiles need none.
         embedding: one person, or several: image ``i`` is the ``i``-th one's, and further images begin with the first
             again.
         strength: 0 gives exactly the base model, 1 the adapter as trained.
@@ -37,7 +36,7 @@ def apply_psa(
         curve: how much of the strength counts, from start to end.
 
     Raises:
-        AdapterError: the adapter does not fit the model, or the range is empty.
+        AdapterError: adapter or compiled profile do not fit the model or each other, or the range is empty.
         EncoderError: the embedding is from another encoder than the adapter's.
     """
     if start_percent >= end_percent:
@@ -45,27 +44,13 @@ def apply_psa(
             f"Apply PSA would never act: start_percent {start_percent:g} is not before end_percent {end_percent:g}. "
             "Set a range, or strength 0 if the base model is what you want."
         )
-    for part in embeddings(embedding):
-        check_encoder(adapter, part)
     sites = find_sites(model.model.diffusion_model)
-    adapter.check_sites(sites)
+    if adapter is not None:
+        adapter.check_sites(sites)
+    for person in everyone(embedding):
+        if isinstance(person, CompiledProfile):
+            person.check_sites(sites)
+    check_together(embedding, adapter)
     with torch.no_grad():
         changes = effect(embedding, adapter, null)
     return UserPatch(changes, sites, strength, start_percent, end_percent, curve).attach(model)
-
-
-def check_encoder(adapter: PSAAdapter, embedding: SafetyEmbedding) -> None:
-    """Raise EncoderError if the embedding names another encoder than the adapter was trained with."""
-    expected = encoder_identity(adapter.config.encoder)
-    if embedding.encoder and expected and embedding.encoder != expected:
-        raise EncoderError(
-            f"The embedding comes from the encoder {embedding.encoder}, but the adapter was trained with {expected}. "
-            "Encode the profile again with this adapter (Encode Safety Profile)."
-        )
-
-
-def encoder_identity(spec: EncoderSpec) -> str | None:
-    """Return the identity of the encoder that an adapter names; None if its template is not known."""
-    if spec.kind == "attributes":
-        return spec.name
-    return None if spec.template is None else llm_identity(spec.name, spec.template)

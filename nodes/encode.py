@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..adapter import EncoderSpec, PSAAdapter
-from ..profiles import EncoderError, Profile, SafetyEmbedding
+from ..profiles import EncoderError, Profile, SafetyEmbedding, banned_categories
 from ..profiles.encoders import (
     AttributesEncoder,
     CachedEncoder,
@@ -30,7 +30,7 @@ def encode_profile(adapter: PSAAdapter, profile: Profile) -> SafetyEmbedding:
             f"{adapter.config.embedding_dim}. Another model lies under the name {adapter.config.encoder.name}: "
             "replace it by the one that the adapter was trained with."
         )
-    return SafetyEmbedding(vectors, encoder.identity)
+    return SafetyEmbedding(vectors, encoder.identity, categories=banned_categories(profile))
 
 
 def _encoder(spec: EncoderSpec) -> Encoder:

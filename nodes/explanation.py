@@ -40,7 +40,7 @@ def changes_of_words(clip: CLIP, text: str, patches: Sequence[UserPatch]) -> lis
         if patch.text is not None:
             with torch.no_grad():
                 strength = patch.strength * patch.curve.peak
-                after = patch.text.tokens(after.to(patch.text.user.device), strength).to(after.device)
+                after = patch.text.tokens(after.to(patch.text.device), strength).to(after.device)
     changes = (after - before.float()).norm(dim=-1) / before.float().norm(dim=-1)
     chunks = tokens.get("l") or next(iter(tokens.values()))
     pieces = [piece for chunk in chunks for piece in _pieces(clip, chunk)]

@@ -1,4 +1,4 @@
-"""Where this pack's files lie in a ComfyUI: adapters, embeddings, language models, private profiles."""
+"""Where this pack's files lie in a ComfyUI: adapters, embeddings, compiled and private profiles, language models."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import folder_paths
 
+from ..adapter import COMPILED_SUFFIX
 from ..adapter import SUFFIXES as ADAPTER_SUFFIXES
 from ..profiles import ProfileStore, embeddings_folder, private_fingerprint, profiles_folder
 from ..profiles.embedding import SUFFIXES as EMBEDDING_SUFFIXES
@@ -13,6 +14,7 @@ from .accounts import UnknownAccountError, current_account
 
 ADAPTERS = "psa_adapters"
 EMBEDDINGS = "psa_embeddings"
+COMPILED = "psa_compiled"
 LANGUAGE_MODELS = "LLM"
 
 # Comes with the pack: a small text-to-image model, with adapters for it.
@@ -20,13 +22,14 @@ MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
 
 
 def register_folders() -> None:
-    """Add ``models/psa_adapters``, ``models/psa_embeddings`` and ``models/LLM`` to ComfyUI's folders.
+    """Add ``models/psa_adapters``, ``psa_embeddings``, ``psa_compiled`` and ``LLM`` to ComfyUI's folders.
 
     Behind the first one come the miniature's adapters: a file of the same name in ``models`` goes before.
     """
     _register(ADAPTERS, set(ADAPTER_SUFFIXES))
     folder_paths.add_model_folder_path(ADAPTERS, str(MINIATURE / "adapters"))
     _register(EMBEDDINGS, set(EMBEDDING_SUFFIXES))
+    _register(COMPILED, {COMPILED_SUFFIX})
     _register(LANGUAGE_MODELS, None)
 
 
@@ -47,6 +50,11 @@ def find_file(folder: str, name: str) -> Path | None:
     """Return the path of a file that an artist chose, or None if it is not there."""
     found = folder_paths.get_full_path(folder, name)
     return Path(found) if found else None
+
+
+def place_for(folder: str, name: str) -> Path:
+    """Return where a new file of this name goes, or the one that is there."""
+    return find_file(folder, name) or Path(folder_paths.get_folder_paths(folder)[0]) / name
 
 
 def check_file(what: str, folder: str, name: str | None) -> bool | str:

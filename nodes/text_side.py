@@ -154,7 +154,7 @@ class TextSide:
     @torch.no_grad()
     def _at_home(self, change: _Change, text: Tensor, factor: float) -> Tensor:
         """Compute on the adapter's own device, and come back to the text's."""
-        return change(text.to(self._text.user.device), factor * self._strength).to(text.device)
+        return change(text.to(self._text.device), factor * self._strength).to(text.device)
 
     def _no_pooled(self) -> AdapterError:
         return AdapterError(

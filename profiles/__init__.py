@@ -6,7 +6,7 @@ Knows nothing of UNets or ComfyUI. The encoders, which need transformers, are in
 from .embedding import SafetyEmbedding, load_embedding, save_embedding
 from .errors import ConflictError, EncoderError, ProfileError, StoreError, UnknownProfileError
 from .levels import Level, find_level, levels
-from .policy import Decision, banned_categories, decide
+from .policy import Decision, banned_categories, bans_alone, decide
 from .schema import CATEGORIES, Audience, Category, Profile, parse_profile
 from .simulate import simulate_users, user_row
 from .store import ACTIVE, ProfileStore, StoredProfile, embeddings_folder, private_fingerprint, profiles_folder
@@ -30,6 +30,7 @@ __all__ = [
     "StoredProfile",
     "UnknownProfileError",
     "banned_categories",
+    "bans_alone",
     "decide",
     "default_template",
     "embeddings_folder",

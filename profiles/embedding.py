@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..safe_files import DAMAGE, PRIVATE, replacing
 from .errors import EncoderError
+from .schema import Category
 
 FORMAT = "psa_embedding"
 FORMAT_VERSION = "1"
@@ -27,6 +28,8 @@ SUFFIXES = (".npy", ".safetensors")
 class SafetyEmbedding:
     """Embeddings ``[users, dim]``, float32 and finite; ``encoder`` is the encoder's identity, if known.
 
+    ``categories`` are what one user bans, where that is known; they are in memory alone and never in a file.
+
     Raises:
         EncoderError: another shape, or NaN or infinity.
     """
@@ -34,6 +37,7 @@ class SafetyEmbedding:
     vectors: Tensor
     encoder: str | None = None
     source: str = "the embedding"
+    categories: tuple[Category, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check the shape and the values."""

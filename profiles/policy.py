@@ -6,7 +6,7 @@ they are written. An override always wins over a rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .schema import CATEGORIES, Audience, Category, Profile
@@ -94,3 +94,8 @@ def category_lists(profile: Profile) -> tuple[list[Category], list[Category]]:
 def banned_categories(profile: Profile) -> tuple[Category, ...]:
     """Return the banned categories, in the order of ``CATEGORIES``."""
     return tuple(category for category, decision in decide(profile).items() if decision.banned)
+
+
+def bans_alone(banned: Iterable[Category]) -> Profile:
+    """Return a profile that bans these categories and says nothing else: no attribute, no reason."""
+    return Profile(overrides=dict.fromkeys(banned, "ban"))

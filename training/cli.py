@@ -12,6 +12,7 @@ from rich.console import Console
 from ..adapter import AdapterError
 from ..profiles import EncoderError, ProfileError
 from .adapter_commands import convert
+from .compile_command import compile_command
 from .data_commands import check_data, encode
 from .errors import ComfyUIError, TrainingError
 from .miniature_commands import miniature_app
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.add_typer(profile_app, name="profile")
 app.add_typer(miniature_app, name="miniature")
 app.command()(convert)
+app.command("compile")(compile_command)
 app.command()(check_data)
 app.command()(encode)
 app.command()(train)

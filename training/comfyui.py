@@ -51,7 +51,8 @@ def check_comfyui(folder: Path) -> None:
 
 def prepare_base(base: Path) -> Path:
     """Make a folder with ComfyUI's layout in which this pack is the one custom node; return it."""
-    for name in ("custom_nodes", "models/checkpoints", "models/psa_adapters", "models/psa_embeddings", "models/LLM"):
+    models = ("checkpoints", "psa_adapters", "psa_embeddings", "psa_compiled", "LLM")
+    for name in ("custom_nodes", *(f"models/{folder}" for folder in models)):
         (base / name).mkdir(parents=True, exist_ok=True)
     link = base / "custom_nodes" / PACK_FOLDER
     if not link.exists():

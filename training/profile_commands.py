@@ -66,7 +66,7 @@ def new(
     account: Account = None,
 ) -> None:
     """Make a profile. Without options it asks, so that your shell's history remembers nothing."""
-    store = _store(user_directory, account)
+    store = profile_store(user_directory, account)
     fields: dict[str, Any] = find_level(level).profile.model_dump() if level else {}
     given = {
         "name": name,
@@ -98,7 +98,7 @@ def new(
 def list_profiles(user_directory: UserDirectory = None, account: Account = None) -> None:
     """List your profiles: id, name, and which one is active."""
     table = Table("id", "name", "active")
-    for entry in _store(user_directory, account).entries():
+    for entry in profile_store(user_directory, account).entries():
         name = Text(f"unreadable: {entry.problem}", "red") if entry.problem else Text(entry.name)
         table.add_row(entry.id, name, "active" if entry.active else "")
     console.print(table)
@@ -107,7 +107,7 @@ def list_profiles(user_directory: UserDirectory = None, account: Account = None)
 @profile_app.command()
 def show(profile_id: ProfileId, user_directory: UserDirectory = None, account: Account = None) -> None:
     """Show one profile, and which category it bans for which reason."""
-    profile = _store(user_directory, account).resolve(profile_id).profile
+    profile = profile_store(user_directory, account).resolve(profile_id).profile
     attributes = Table("attribute", "value")
     for field, value in profile.model_dump(exclude={"overrides"}).items():
         # As Text: what people write is not markup.
@@ -126,7 +126,7 @@ def delete(
     account: Account = None,
 ) -> None:
     """Delete a profile for good."""
-    store = _store(user_directory, account)
+    store = profile_store(user_directory, account)
     if profile_id == ACTIVE:
         profile_id = store.resolve(ACTIVE).id
     if not yes:
@@ -137,13 +137,13 @@ def delete(
 @profile_app.command()
 def restore(profile_id: ProfileId, user_directory: UserDirectory = None, account: Account = None) -> None:
     """Bring back the version of a profile before its last save. A damaged file is set aside."""
-    _store(user_directory, account).restore(profile_id)
+    profile_store(user_directory, account).restore(profile_id)
 
 
 @profile_app.command()
 def activate(profile_id: ProfileId, user_directory: UserDirectory = None, account: Account = None) -> None:
     """Make a profile the active one, which "active" in a workflow refers to."""
-    _store(user_directory, account).activate(profile_id)
+    profile_store(user_directory, account).activate(profile_id)
 
 
 @profile_app.command()
@@ -200,7 +200,12 @@ def _overrides(categories: list[str] | None, override: str) -> dict[str, str]:
     return dict.fromkeys(categories or [], override)
 
 
-def _store(user_directory: Path | None, account: str | None) -> ProfileStore:
+def profile_store(user_directory: Path | None, account: str | None) -> ProfileStore:
+    """Return the private store of a ComfyUI; by default of the one in which this pack lies.
+
+    Raises:
+        ProfileError: it is not clear where it is, or whose.
+    """
     if user_directory is None:
         # Not resolved: a pack that is linked into custom_nodes belongs to the ComfyUI that links it.
         pack = Path(os.path.abspath(__file__)).parents[1]  # noqa: PTH100

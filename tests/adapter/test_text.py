@@ -16,11 +16,15 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def users(number: int, spec: TextSpec = TEXT, pooled: bool = True) -> UserText:
+def effect_of(embedding: Tensor, spec: TextSpec = TEXT, pooled: bool = True) -> UserText:
     spec = spec.model_copy(update={"pooled_dim": POOLED if pooled else None})
-    text = kinds_adapter((), WIDTH, text=spec).effect(drawn(number, EMBEDDING_DIM)).text
+    text = kinds_adapter((), WIDTH, text=spec).effect(embedding).text
     assert text is not None
     return text
+
+
+def users(number: int, spec: TextSpec = TEXT, pooled: bool = True) -> UserText:
+    return effect_of(drawn(number, EMBEDDING_DIM), spec, pooled)
 
 
 @pytest.mark.parametrize("spec", [TEXT, MLP], ids=["attention", "mlp"])
@@ -38,8 +42,7 @@ def test_one_prompt_or_one_user_serves_all(prompts: int, people: int) -> None:
     text, ours = drawn(prompts, 5, WIDTH), users(people)
     together = ours.tokens(text)
     for i, row in enumerate(together):
-        place = slice(min(i, people - 1), min(i, people - 1) + 1)
-        alone = ours._replace(user=ours.user[place], shares=ours.shares[place])
+        alone = effect_of(drawn(people, EMBEDDING_DIM)[min(i, people - 1)][None])
         assert torch.allclose(row, alone.tokens(text[min(i, prompts - 1)][None])[0], atol=1e-6)
     assert ours.pooled(drawn(prompts, POOLED)).shape == (3, POOLED)
 
@@ -65,3 +68,13 @@ def test_strength_zero_and_an_untrained_part_give_the_text_back() -> None:
 def test_half_precision_text_is_computed_in_float32(dtype: torch.dtype) -> None:
     text, ours = drawn(1, 5, WIDTH).to(dtype), users(1)
     assert torch.equal(ours.tokens(text), ours.tokens(text.float()).to(dtype))
+
+
+@pytest.mark.parametrize("spec", [TEXT, MLP], ids=["attention", "mlp"])
+def test_everything_of_the_text_side_is_trained(spec: TextSpec) -> None:
+    adapter = kinds_adapter((), WIDTH, text=spec.model_copy(update={"pooled_dim": POOLED})).requires_grad_(True)
+    text = adapter.effect(drawn(2, EMBEDDING_DIM)).text
+    assert text is not None
+    (text.tokens(drawn(2, 5, WIDTH)).square().sum() + text.pooled(drawn(2, POOLED)).square().sum()).backward()
+    without = [name for name, weight in adapter.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert without == []

@@ -28,6 +28,8 @@ MORE = (
     "PSABatchProfiles",
     "PSARepeatLatent",
     "PSACompareSheet",
+    "PSACompileProfile",
+    "PSALoadCompiledProfile",
 )  # nodes that the example has not
 
 
@@ -38,6 +40,7 @@ def main() -> None:
         store = ProfileStore(profiles_folder(base / "user"))
         store.activate(store.create(Profile(name="Evening", age=12, overrides={"Violence": "allow"})).id)
         (base / "models" / "psa_embeddings" / "mine.safetensors").touch()
+        (base / "models" / "psa_compiled" / "my_profile.safetensors").touch()
         with ComfyUIServer(COMFYUI, base, *NEWEST) as server, open_chromium() as chromium:
             draw(open_page(chromium, server.url, nodes2=True))
 

@@ -14,7 +14,7 @@ from PIL import ImageFont
 from schemas import NODES
 from torch import Tensor
 
-from comfyui_psa.adapter import AdapterError, PSAAdapter, find_sites
+from comfyui_psa.adapter import AdapterError, PSAAdapter, compile_profile, find_sites
 from comfyui_psa.nodes import typefaces
 from comfyui_psa.nodes.apply import apply_psa
 from comfyui_psa.nodes.explanation import END_OF_PROMPT, Word, changes_in_picture, changes_of_words, in_words
@@ -59,6 +59,17 @@ def test_each_word_changes_by_what_the_formula_says(loaded: Any, adapter: PSAAda
     assert [word.text for word in words] == ["a", "house", "in", "a", "meadow", "with", "a", "ring", END_OF_PROMPT]
     assert [word.change for word in words[:-1]] == pytest.approx(expected[1:9], rel=1e-4)
     assert words[-1].change == pytest.approx(max(expected[9:]), rel=1e-4)
+
+
+def test_a_compiled_profile_is_explained_as_its_person(loaded: Any, adapter: PSAAdapter) -> None:
+    model, clip, _ = loaded
+    compiled = compile_profile(adapter, adapter.effect(users(0).vectors))
+    ours, theirs = apply_psa(model, None, compiled, 0.5), apply_psa(model, adapter, users(0), 0.5)
+    assert changes_of_words(clip, PROMPT, patches_of(ours)) == changes_of_words(clip, PROMPT, patches_of(theirs))
+    pictures = (
+        changes_in_picture(patched, patches_of(patched), encoded(clip, PROMPT), LATENT) for patched in (ours, theirs)
+    )
+    assert torch.equal(*pictures)
 
 
 def test_long_prompts_and_several_people(loaded: Any, adapter: PSAAdapter) -> None:

@@ -185,6 +185,7 @@ def test_a_file_of_the_same_name_elsewhere_is_another_file(nodes: dict[str, Any]
         ("PSASafetyLevel", "level"),
         ("PSAUserProfile", "profile_id"),
         ("PSALoadEmbedding", "embedding_name"),
+        ("PSALoadCompiledProfile", "compiled_name"),
     ],
 )
 def test_a_choice_that_another_node_makes_is_checked_when_it_is_known(

@@ -13,7 +13,7 @@ from comfy_testing import ROUNDING, TINY, conditioning, denoise, difference, noi
 from kinds_by_hand import GATED, MLP, TEXT, changed_text, kinds_adapter, users
 from torch import Tensor
 
-from comfyui_psa.adapter import AdapterError, PSAAdapter, find_sites, load_adapter
+from comfyui_psa.adapter import AdapterError, PSAAdapter, TextGate, find_sites, load_adapter
 from comfyui_psa.nodes.adapter_nodes import PSAApply
 from comfyui_psa.nodes.apply import apply_psa
 from comfyui_psa.nodes.curve import Curve
@@ -201,7 +201,9 @@ def test_all_levels_from_the_mildest_to_the_strictest(model: ModelPatcher) -> No
     for number, level in enumerate(levels()):
         alone = adapter.effect(AttributesEncoder().encode([level.profile])).text
         assert alone is not None
-        assert torch.equal(text.user[number], alone.user[0])
+        assert isinstance(text.on_tokens, TextGate)
+        assert isinstance(alone.on_tokens, TextGate)
+        assert torch.allclose(text.on_tokens.gate.scores[number], alone.on_tokens.gate.scores[0], atol=1e-5)
 
 
 def test_prompts_that_are_there_for_each_image_take_turns_too(
@@ -276,7 +278,7 @@ def test_steps_of_one_run_have_their_own_strengths(
 def test_where_the_curve_is_zero_it_is_exactly_the_base(
     model: ModelPatcher, adapters: dict[str, PSAAdapter], kind: str
 ) -> None:
-    (patched,) = PSAApply.execute(model, adapters[kind], users(0), 1.0, 0.0, 1.0, strengths=[0.0, 0.0, 1.0]).args
+    (patched,) = PSAApply.execute(model, users(0), 1.0, 0.0, 1.0, adapters[kind], strengths=[0.0, 0.0, 1.0]).args
     early, late = (sigma_at(model, timestep) for timestep in (900, 100))
     assert torch.equal(run(patched, sigmas=(early,)), run(model, sigmas=(early,)))
     assert difference(run(patched, sigmas=(late,)), run(model, sigmas=(late,))) > 1e-3
@@ -284,13 +286,13 @@ def test_where_the_curve_is_zero_it_is_exactly_the_base(
 
 @each_kind
 def test_a_flat_curve_is_the_strength(model: ModelPatcher, adapters: dict[str, PSAAdapter], kind: str) -> None:
-    (patched,) = PSAApply.execute(model, adapters[kind], users(0), 1.0, 0.0, 1.0, strengths=[1.0, 1.0]).args
+    (patched,) = PSAApply.execute(model, users(0), 1.0, 0.0, 1.0, adapters[kind], strengths=[1.0, 1.0]).args
     assert torch.equal(run(patched), run(apply_psa(model, adapters[kind], users(0))))
 
 
 @each_kind
 def test_one_number_is_a_flat_curve(model: ModelPatcher, adapters: dict[str, PSAAdapter], kind: str) -> None:
-    (patched,) = PSAApply.execute(model, adapters[kind], users(0), 1.0, 0.0, 1.0, strengths=0.5).args
+    (patched,) = PSAApply.execute(model, users(0), 1.0, 0.0, 1.0, adapters[kind], strengths=0.5).args
     assert difference(run(patched), run(apply_psa(model, adapters[kind], users(0), 0.5))) < ROUNDING
 
 
@@ -299,4 +301,4 @@ def test_other_strengths_are_refused(
     model: ModelPatcher, adapters: dict[str, PSAAdapter], strengths: list[float] | float
 ) -> None:
     with pytest.raises(AdapterError, match="strengths"):
-        PSAApply.execute(model, adapters["constant"], users(0), 1.0, 0.0, 1.0, strengths=strengths)
+        PSAApply.execute(model, users(0), 1.0, 0.0, 1.0, adapters["constant"], strengths=strengths)

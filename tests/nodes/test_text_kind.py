@@ -24,7 +24,7 @@ from comfy_testing import (
 from kinds_by_hand import MLP, TEXT, changed_text, kinds_adapter, users
 from neighbours import like_attention_couple
 
-from comfyui_psa.adapter import AdapterError, PSAAdapter, TextSpec
+from comfyui_psa.adapter import AdapterError, PSAAdapter, TextSpec, UserText
 from comfyui_psa.nodes.apply import apply_psa
 
 Conditioning = list[list[Any]]
@@ -127,15 +127,20 @@ def test_range_follows_the_sampling_percent(model: ModelPatcher, adapter: PSAAda
     assert [torch.equal(part[i], base[i]) for i in range(4)] == [True, False, False, True]
 
 
-def test_a_prompt_is_changed_once_in_a_run(model: ModelPatcher, adapter: PSAAdapter) -> None:
+def test_a_prompt_is_changed_once_in_a_run(
+    model: ModelPatcher, adapter: PSAAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
-    handle = adapter.text.tokens.register_forward_hook(lambda *_: calls.append(1))
-    try:
-        sigmas = tuple(sigma_at(model, timestep) for timestep in (999, 700, 400, 100))
-        patched = apply_psa(model, adapter, users(0))
-        denoise(patched, POSITIVE + conditioning(TINY, 4), NEGATIVE, LATENT, CFG, sigmas=sigmas)
-    finally:
-        handle.remove()
+    change = UserText.tokens
+
+    def counted(text: UserText, *args: Any) -> torch.Tensor:
+        calls.append(1)
+        return change(text, *args)
+
+    monkeypatch.setattr(UserText, "tokens", counted)
+    sigmas = tuple(sigma_at(model, timestep) for timestep in (999, 700, 400, 100))
+    patched = apply_psa(model, adapter, users(0))
+    denoise(patched, POSITIVE + conditioning(TINY, 4), NEGATIVE, LATENT, CFG, sigmas=sigmas)
     assert len(calls) == 2  # two prompts of the user, four steps
 
 

@@ -62,6 +62,35 @@ def test_a_released_adapter_with_a_released_embedding_needs_no_language_model(st
     assert not np.array_equal(pixels(run(studio, prompt)), pixels(run(studio, base_prompt())))
 
 
+def test_a_compiled_profile_draws_the_same_without_adapter_and_language_model(studio: Studio) -> None:
+    prompt = psa_prompt()
+    inputs = {"adapter": ["5", 0], "embedding": ["7", 0], "file_name": "mine", "precision": "fp32"}
+    switches = {"bans_only": False, "include_categories": False, "overwrite": False}
+    prompt["12"] = {"class_type": "PSACompileProfile", "inputs": {**inputs, **switches}}
+    theirs = run(studio, prompt)
+    compiled = psa_prompt()
+    compiled["7"] = {"class_type": "PSALoadCompiledProfile", "inputs": {"compiled_name": "mine.safetensors"}}
+    for needless in ("5", "6"):
+        del compiled[needless]
+    del compiled["8"]["inputs"]["adapter"]
+    ours = run(studio, compiled)
+    assert np.array_equal(pixels(ours), pixels(theirs))
+    assert not np.array_equal(pixels(ours), pixels(run(studio, base_prompt())))
+    saved = PIL.Image.open(io.BytesIO(ours.content))
+    assert json.loads(saved.info["prompt"])["7"]["inputs"] == {"compiled_name": "mine.safetensors"}
+    content = (studio.server.base / "models" / "psa_compiled" / "mine.safetensors").read_bytes()
+    for text in (json.dumps(saved.info), content.decode("latin-1")):
+        assert_private(text)
+        assert "Propaganda" not in text
+
+
+def test_an_embedding_without_adapter_draws_nothing(studio: Studio) -> None:
+    prompt = psa_prompt()
+    del prompt["8"]["inputs"]["adapter"]
+    with pytest.raises(ComfyUIError, match="no adapter for this embedding, so nobody would be protected"):
+        run(studio, prompt)
+
+
 def test_nothing_of_the_profile_leaves_the_store(studio: Studio) -> None:
     prompt = psa_prompt()
     image = run(studio, prompt)

@@ -157,6 +157,23 @@ def test_apply_psa_shows_what_it_does(page: Page) -> None:
     expect(card).to_contain_text("Connect “Load PSA Adapter”")
 
 
+def test_a_compiled_profile_is_named_in_place_of_an_adapter(page: Page) -> None:
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", example("psa_first_steps"))
+    page.evaluate(
+        """() => {
+            const apply = app.graph.nodes.find((node) => node.type === 'PSAApply');
+            app.graph.remove(app.graph.nodes.find((node) => node.type === 'PSALoadAdapter'));
+            const loader = LiteGraph.createNode('PSALoadCompiledProfile');
+            app.graph.add(loader);
+            loader.widgets[0].value = 'mine.safetensors';
+            loader.connect(0, apply, apply.findInputSlot('embedding'));
+        }"""
+    )
+    card = page.get_by_role("group", name="What PSA does here")
+    expect(card).to_contain_text("mine.safetensors")
+    assert facts(card) == {"Compiled profile": "mine.safetensors"}
+
+
 def in_a_subgraph(page: Page) -> None:
     """Open first steps with Encode Safety Profile and Apply PSA in a subgraph."""
     page.evaluate(

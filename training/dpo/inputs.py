@@ -45,7 +45,7 @@ class UNetInputs(NamedTuple):
 
     def repeated(self, times: int) -> UNetInputs:
         """Return a batch that is this one several times."""
-        gates = tuple(SiteGate(g.scores.repeat(times, 1, 1), g.values.repeat(times, 1, 1), g.sink) for g in self.gates)
+        gates = tuple(gate.repeated(times) for gate in self.gates)
         return UNetInputs(self.text.repeated(times), tuple(v.repeat(times, 1) for v in self.vectors), gates)
 
 

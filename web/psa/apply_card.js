@@ -45,6 +45,14 @@ export function addApplyCard(node, store) {
     return typeof name === 'string' ? name : null
   }
 
+  /** @returns {string | null} The compiled profile that stands in for an adapter, if it comes straight from its loader. */
+  function compiledName() {
+    const loader = isLinked(node, 'adapter') ? null : inputNode(node, 'embedding')
+    if (loader?.type !== 'PSALoadCompiledProfile' || isLinked(loader, 'compiled_name')) return null
+    const name = loader.widgets?.find((widget) => widget.name === 'compiled_name')?.value
+    return typeof name === 'string' ? name : null
+  }
+
   function showBadge() {
     const value = strength()
     const mode = effectiveMode(node)
@@ -61,6 +69,11 @@ export function addApplyCard(node, store) {
   async function showFacts() {
     const number = ++asked
     const name = adapterName()
+    const compiled = compiledName()
+    if (compiled !== null) {
+      facts.replaceChildren(listOf([['compiled', compiled]]))
+      return
+    }
     if (name === null) {
       const why = isLinked(node, 'adapter') ? 'adapter_elsewhere' : 'no_adapter'
       facts.replaceChildren(h('p', { class: 'psa-quiet' }, t(why)))
@@ -76,7 +89,7 @@ export function addApplyCard(node, store) {
 
   // ComfyUI tells nobody that a node was bypassed.
   whileShown(node, () => {
-    const stops = [follow(() => `${effectiveMode(node)} ${strength()} ${isAlongACurve()}`, showBadge), follow(() => `${isLinked(node, 'adapter')} ${adapterName()}`, showFacts)]
+    const stops = [follow(() => `${effectiveMode(node)} ${strength()} ${isAlongACurve()}`, showBadge), follow(() => `${isLinked(node, 'adapter')} ${adapterName()} ${compiledName()}`, showFacts)]
     return () => stops.forEach((stop) => stop())
   })
 }
@@ -84,12 +97,16 @@ export function addApplyCard(node, store) {
 /** @param {string} name @param {import('./store.js').AdapterFacts} adapter */
 function factsOf(name, { base, kinds, layers, encoder }) {
   const where = [layers > 0 ? t('layers', { layers }) : null, kinds.includes('text') ? t('the_prompt') : null]
-  const rows = [
+  return listOf([
     ['adapter', name],
     ['base', base],
     ['acts_on', where.filter(Boolean).join(', ')],
     ['encoder', encoder]
-  ]
+  ])
+}
+
+/** @param {string[][]} rows */
+function listOf(rows) {
   return h('dl', { class: 'psa-facts' },
     ...rows.flatMap(([key, value]) => [h('dt', {}, t(`facts.${key}`)), h('dd', { title: value }, value)]))
 }
