@@ -9,8 +9,9 @@ from ..adapter import AdapterError, EncoderSpec, NullMode, PSAAdapter, find_site
 from ..profiles import EncoderError, SafetyEmbedding
 from ..profiles.encoders import llm_identity
 from .curve import FLAT, Curve
-from .patch import UserPatch
+from .patch import UserPatch, free_key
 from .people import People, effect, embeddings
+from .regions import Region
 
 
 def apply_psa(
@@ -22,6 +23,7 @@ def apply_psa(
     end_percent: float = 1.0,
     null: NullMode | None = None,
     curve: Curve = FLAT,
+    region: Region | None = None,
 ) -> ModelPatcher:
     """Return a clone of ``model`` that follows the people in ``embedding``.
 
@@ -35,6 +37,7 @@ def apply_psa(
         end_percent: where it ends; the step that begins there is no longer changed.
         null: what the unconditional half gets; by default as trained.
         curve: how much of the strength counts, from start to end.
+        region: where in the picture it acts; everywhere without one.
 
     Raises:
         AdapterError: the adapter does not fit the model, or the range is empty.
@@ -51,7 +54,8 @@ def apply_psa(
     adapter.check_sites(sites)
     with torch.no_grad():
         changes = effect(embedding, adapter, null)
-    return UserPatch(changes, sites, strength, start_percent, end_percent, curve).attach(model)
+    patch = UserPatch(changes, sites, strength, start_percent, end_percent, curve, region, free_key(model))
+    return patch.attach(model)
 
 
 def check_encoder(adapter: PSAAdapter, embedding: SafetyEmbedding) -> None:
