@@ -34,7 +34,6 @@ from .run import Call, Run, left_out
 _WRAPPERS = (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)
 _INPUTS, _OUTPUTS = "attn2_patch", "attn2_output_patch"
 _STEP_KEY = "psa_step"  # what a guider hands over, for all patches
-_CHANGED_KEY = "psa_changed"  # what patches have changed in a call's conditionings
 _Inputs = tuple[Tensor, Tensor, Tensor]
 
 
@@ -122,12 +121,13 @@ class UserPatch:
     ) -> Any:
         """``CALC_COND_BATCH`` wrapper: note which of ``conds`` are the user's, and give those the user's text."""
         options = dict(model_options.get("transformer_options", {}))
-        step = Step.of(conds, x)
+        before: Step | None = options.get(_STEP_KEY)
+        step = Step.of(conds, x, before.changed if before else ())
         run: Run | None = options.get(self._run_key)
         factor = 0.0 if run is None or run.text is None else run.factor(model, timestep)
         if run is not None and run.text is not None and factor:
-            conds, options[_CHANGED_KEY] = run.conditionings(conds, step, options.get(_CHANGED_KEY, ()), factor)
-            step = Step.of(conds, x)
+            conds, changed = run.conditionings(conds, step, factor)
+            step = Step.of(conds, x, changed)
         options[_STEP_KEY] = step
         return executor(model, conds, x, timestep, {**model_options, "transformer_options": options})
 
@@ -151,15 +151,15 @@ class UserPatch:
         run: Run = options.get(self._run_key) or Run(self, x.shape)
         call = run.prepare(executor.class_obj, x, t, options, options.get(_STEP_KEY))
         options = {**options, self.key: call}
-        if call.active:
-            # Ours is the first to see what a layer is given and the last to see what it returns: whatever another node
-            # (Attention Couple) does to the batch in between, it is the call's own there.
-            others = [patch for patch in outputs if patch is not self]
-            options["patches"] = {**patches, _OUTPUTS: [*others, self]}
-            inputs = patches.get(_INPUTS, ())
-            looks = self.text is not None and (inputs or replaces(options))
-            if self.gates or looks:
-                options["patches"][_INPUTS] = [self.receive, *inputs, *([self.look] if looks else ())]
+        # Ours is the first to see what a layer is given and the last to see what it returns: whatever another node
+        # (Attention Couple) does to the batch in between, it is the call's own there.
+        others = [patch for patch in outputs if patch is not self]
+        options["patches"] = {**patches, _OUTPUTS: [*others, self]}
+        inputs = patches.get(_INPUTS, ())
+        others_read = any(not isinstance(getattr(patch, "__self__", None), UserPatch) for patch in inputs)
+        looks = call.active and self.text is not None and (others_read or replaces(options))
+        if looks or (self.gates and call.layers is not None):
+            options["patches"][_INPUTS] = [self.receive, *inputs, *([self.look] if looks else ())]
         if not call.active or self.text is None:
             output = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         elif any(options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {}).values()):
@@ -186,7 +186,8 @@ class UserPatch:
         """Return the text and ``y`` of a call, with the user's text in what is the user's."""
         assert call.run.text is not None
         call.text_read = True
-        return call.run.text.batch(text, y, call.text_of_user, options.get(_CHANGED_KEY, ()), call.factor)
+        step: Step | None = options.get(_STEP_KEY)
+        return call.run.text.batch(text, y, call.text_of_user, step.changed if step else (), call.factor)
 
     def wrap_unet(
         self,

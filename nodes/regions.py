@@ -10,6 +10,7 @@ import math
 import threading
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import comfy.samplers
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..adapter import AdapterError
 from .roles import Options, Roles, roles_of
+from .text_side import Changed
 
 _LEVELS = 4  # a UNet halves a latent up to three times, rounding up
 _OUTSIDE_KEY = "psa_outside"
@@ -33,21 +35,31 @@ class Place(NamedTuple):
     width: int
 
 
-class Step(NamedTuple):
-    """What a guider hands over at once: the latent, whose conditionings, where each lies, and for which patches
-    (by key) it is the version of a prompt outside of their masks."""
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What a guider hands over at once: the latent, whose conditionings, where each lies, for which patches (by key) it
+    is the version of a prompt outside of their masks, and what patches have changed.
+
+    No tuple or dictionary: a compiled model looks at how many entries those have.
+    """
 
     x: Tensor
     roles: Roles
     places: dict[uuid.UUID, Place]
     outside: dict[uuid.UUID, frozenset[str]]
+    changed: tuple[Changed, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Step:
+        """Return itself: some nodes copy the options in which it travels."""
+        return self
 
     @classmethod
-    def of(cls, conds: Sequence[Sequence[Options] | None], x: Tensor) -> Step:
+    def of(cls, conds: Sequence[Sequence[Options] | None], x: Tensor, changed: tuple[Changed, ...] = ()) -> Step:
         """Read it from the conditionings."""
         every = [cond for entries in conds for cond in entries or () if "uuid" in cond]
         places = {cond["uuid"]: _place_of(cond, *x.shape[-2:]) for cond in every}
-        return cls(x, roles_of(conds), places, {cond["uuid"]: cond.get(_OUTSIDE_KEY, frozenset()) for cond in every})
+        outside = {cond["uuid"]: cond.get(_OUTSIDE_KEY, frozenset()) for cond in every}
+        return cls(x, roles_of(conds), places, outside, changed)
 
     def is_outside(self, options: Options, key: str) -> Roles:
         """Return for each chunk of a call whether it is the version outside of the mask of the patch with this key."""

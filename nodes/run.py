@@ -72,7 +72,7 @@ class Table:
 
 @dataclass
 class Call:
-    """One call of the model; ``layers`` is None if PSA does not act in this step or no layer is changed.
+    """One call of the model; ``layers`` is None if they are left alone.
 
     ``factor`` is how much of the strength counts. ``of_user`` and ``text_of_user`` say for each chunk of the batch
     whether it is the user's, and whether its text is. ``weights`` is None if layers count fully everywhere.
@@ -161,12 +161,12 @@ class Run:
     def prepare(self, model: Any, x: Tensor, sigma: Tensor, options: Options, step: Step | None) -> Call:
         """Return the call of ``model`` (ComfyUI's BaseModel) on ``x``, ``[batch, ...]``."""
         chunks = tuple(options.get("cond_or_uncond") or [0])
-        of_user = text_of_user = chunks_of_user(chunks, step and step.roles)
+        of_user = text_of_user = chunks_of_user(chunks, None if step is None else step.roles)
         if step is not None:
             outside = step.is_outside(options, self.patch.key)
             text_of_user = tuple(user and not other for user, other in zip(of_user, outside, strict=True))
         call = Call(self, x.shape[0], chunks, of_user, text_of_user, self.factor(model, sigma))
-        if not call.active:
+        if not call.active and not (self.patch.acts_on_layers and _is_compiled(model.diffusion_model)):
             return call
         masks = 1 if self.patch.region is None else len(self.patch.region.masks)
         images = options["sigmas"].shape[0] if "sigmas" in options else x.shape[0] // len(chunks)
@@ -192,15 +192,15 @@ class Run:
         return call
 
     def conditionings(
-        self, conds: Sequence[Sequence[Options] | None], step: Step, before: Sequence[Changed], factor: float
+        self, conds: Sequence[Sequence[Options] | None], step: Step, factor: float
     ) -> tuple[list[Sequence[Options] | None], tuple[Changed, ...]]:
         """Return a guider's conditionings as the users have them, see ``TextSide.conditionings``."""
         text, region, key = self.text, self.region, self.patch.key
         assert text is not None
         if region is None:
-            return text.conditionings(conds, step.roles, before, factor)
+            return text.conditionings(conds, step.roles, step.changed, factor)
         return text.conditionings(
-            conds, step.roles, before, factor, lambda cond, own: region.split(cond, own, step.x, key)
+            conds, step.roles, step.changed, factor, lambda cond, own: region.split(cond, own, step.x, key)
         )
 
     def note(self, call: Call) -> None:
@@ -322,6 +322,14 @@ class Run:
                 values = out[len(constant) :].reshape(*gate.values.shape[:2], -1)
                 gates.append(SiteGate(gate.scores.to(device), values, gate.sink.to(device)).to(dtype))
         return Table(torch.cat(columns, dim=1).to(dtype) if patch.rows else None, tuple(gates), dtype)
+
+
+def _is_compiled(unet: nn.Module) -> bool:
+    """Return whether ``torch.compile`` made it: then layers add zeros where they rest, which is exact as well.
+
+    Without what they add, it would be another program, and be compiled once more.
+    """
+    return hasattr(unet, "_orig_mod")
 
 
 def left_out(detail: str = "") -> AdapterError:
