@@ -2,8 +2,9 @@
 
 Run it with ``make benchmark``. It samples in a real ComfyUI model (in this process) with random weights of
 SD1.5's full size, measures with and without PSA in turns, and prints Markdown tables for docs/benchmarks.md: the
-paper's kind of adapter in a whole run (``run``), its settings and a compiled model (``settings``, see ``settings.py``),
-and all kinds in a step (``kinds``, see ``kinds.py``). The names of tables, as arguments, choose among them.
+paper's kind of adapter in a whole run (``run``), its settings (``settings``) and a compiled model
+(``compile``, both in ``settings.py``), and all kinds in a step (``kinds``, see ``kinds.py``). The names of tables, as
+arguments, choose among them.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from comfyui_psa.training.synthetic import (
 PAIRS = 10
 LATENT_SIZE = 32  # that of ``sample``
 EMBEDDING_DIM = 576
-TABLES = ("run", "settings", "kinds")
+TABLES = ("run", "settings", "compile", "kinds")
 LANGUAGE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 console = Console()
@@ -157,7 +158,7 @@ def _language_model_file() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def run_table(base: ModelPatcher, adapter: PSAAdapter, root: Path) -> Iterator[str]:
+def run_table(base: ModelPatcher, adapter: PSAAdapter, root: Path, pairs: int) -> Iterator[str]:
     """Yield the lines of a Markdown table: a run with PSA, from a profile to its memory."""
     source = _language_model_file()
     (root / "models" / "LLM").mkdir(parents=True)
@@ -178,8 +179,8 @@ def run_table(base: ModelPatcher, adapter: PSAAdapter, root: Path) -> Iterator[s
     rows = {
         "operations added per cross-attention layer and step": f"{operations:g} (attention to the user written "
         f"out: {two_branch_operations()})",
-        "step time with PSA / without": step_ratio(base, patched, PAIRS),
-        "the same for two runs without PSA (noise)": step_ratio(base, base.clone(), PAIRS),
+        "step time with PSA / without": step_ratio(base, patched, pairs),
+        "the same for two runs without PSA (noise)": step_ratio(base, base.clone(), pairs),
         "another profile chosen, to the UNet's first call": f"{first_step:.1f} ms",
         "memory held while sampling": f"{memory / 1e6:.2f} MB",
     }
@@ -199,7 +200,9 @@ def main() -> None:
     """Measure what is asked for and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"which of {', '.join(TABLES)}; all by default")
-    chosen = parser.parse_args().tables or TABLES
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="of runs for each ratio (default %(default)s)")
+    options = parser.parse_args()
+    chosen = options.tables or TABLES
     if unknown := sorted(set(chosen) - set(TABLES)):
         parser.error(f"no table is called {', '.join(unknown)}: choose of {', '.join(TABLES)}")
     device = comfy.model_management.get_torch_device_name(comfy.model_management.get_torch_device())
@@ -212,16 +215,17 @@ def main() -> None:
         folder_paths.models_dir = str(root / "models")
         folder_paths.user_directory = str(root / "user")
         register_folders()
-        if {"run", "settings"} & set(chosen):
+        if set(chosen) - {"kinds"}:
             weights = random_weights(unet_shapes(SD15), torch.Generator().manual_seed(0))
             base = comfy.sd.load_diffusion_model_state_dict(weights)
             write_release_adapter(root / "psa.bin", attention_widths(SD15), SD15.context_dim, EMBEDDING_DIM)
             adapter = load_adapter(root / "psa.bin")
         if "settings" in chosen:
-            show(cost_table(base, adapter))
+            show(cost_table(base, adapter, options.pairs))
+        if "compile" in chosen:
             show(compile_table(base, adapter))
         if "run" in chosen:
-            show(run_table(base, adapter, root))
+            show(run_table(base, adapter, root, options.pairs))
     if "kinds" in chosen:
         show(table())
 

@@ -24,7 +24,6 @@ from comfyui_psa.adapter import PSAAdapter, find_sites
 from comfyui_psa.nodes.adapter_nodes import PSAApply
 from comfyui_psa.profiles import SafetyEmbedding
 
-PAIRS = 5
 STEPS = 3
 USERS = (1, 2, 8)
 CUDA = torch.cuda.is_available()
@@ -88,7 +87,7 @@ def like_ip_adapter(model: ModelPatcher) -> ModelPatcher:
     return patched
 
 
-def cost_table(base: ModelPatcher, adapter: PSAAdapter) -> Iterator[str]:
+def cost_table(base: ModelPatcher, adapter: PSAAdapter, pairs: int) -> Iterator[str]:
     """Yield the lines of a Markdown table: step times as multiples of the same batch without PSA."""
     settings: dict[str, tuple[int, ModelPatcher]] = {"nothing (noise)": (1, base.clone())}
     for count in USERS:
@@ -106,7 +105,7 @@ def cost_table(base: ModelPatcher, adapter: PSAAdapter) -> Iterator[str]:
     yield f"| SD1.5, {LATENT_SIZE * 8} px | step time with it / without |"
     yield "| --- | --- |"
     for name, (images, model) in settings.items():
-        yield f"| {name} | {step_ratio(base, model, PAIRS, steps=STEPS, images=images, size=LATENT_SIZE)} |"
+        yield f"| {name} | {step_ratio(base, model, pairs, steps=STEPS, images=images, size=LATENT_SIZE)} |"
 
 
 def compile_table(base: ModelPatcher, adapter: PSAAdapter) -> Iterator[str]:
