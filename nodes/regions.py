@@ -23,6 +23,7 @@ from .roles import Options, Roles, roles_of
 from .text_side import Changed
 
 _LEVELS = 4  # a UNet halves a latent up to three times, rounding up
+_MOST_KEPT = 256  # nodes that make new conditionings or tiles in every step would fill the memory
 _OUTSIDE_KEY = "psa_outside"
 
 
@@ -187,6 +188,8 @@ class RegionRun:
         key = (places, images, x.device, dtype)
         with self._lock:
             if key not in self._weights:
+                if len(self._weights) >= _MOST_KEPT:
+                    self._weights.clear()
                 self._weights[key] = Weights(self._cut(places, images).to(x.device, dtype))
             return self._weights[key]
 
@@ -251,6 +254,8 @@ class RegionRun:
         key = (id(given), area, x.shape, x.device)
         with self._lock:
             if key not in self._parts:
+                if len(self._parts) >= _MOST_KEPT:
+                    self._parts.clear()
                 # The mask is kept beside, so that its id stays its own.
                 self._parts[key] = given, *self._divided(cond, x)
             return self._parts[key][1:]

@@ -30,6 +30,8 @@ from torch import Tensor
 
 from comfyui_psa.adapter import AdapterError, PSAAdapter, TextSpec
 from comfyui_psa.nodes.apply import apply_psa
+from comfyui_psa.nodes.explanation import changes_in_picture
+from comfyui_psa.nodes.patch import patches_of
 from comfyui_psa.nodes.regions import Region
 
 Conditioning = list[list[Any]]
@@ -338,6 +340,13 @@ def test_both_versions_have_the_controlnet(
     expected = run(model, divided(guided, SOFT, change))
     assert difference(run(masked(model, adapter, SOFT), guided), expected) < ROUNDING
     assert difference(expected, run(model, divided(POSITIVE, SOFT, change))) > 1e-3
+
+
+def test_explain_sees_changes_inside_alone(model: ModelPatcher, adapter: PSAAdapter) -> None:
+    patched = masked(model, adapter, LEFT)
+    changes = changes_in_picture(patched, patches_of(patched), POSITIVE, LATENT)
+    assert changes[..., :8].mean() > 0.1
+    assert changes[..., 8:].max() < 1e-4
 
 
 def test_a_default_conditioning_is_refused(model: ModelPatcher, adapter: PSAAdapter) -> None:
