@@ -2,19 +2,21 @@
 
 Run it with ``make benchmark``. It samples in a real ComfyUI model (in this process) with random weights of
 SD1.5's full size, measures with and without PSA in turns, and prints Markdown tables for docs/benchmarks.md: the
-paper's kind of adapter in a whole run, and all kinds in a step (``kinds.py``).
+paper's kind of adapter in a whole run (``run``), its settings (``settings``) and a compiled model
+(``compile``, both in ``settings.py``), and all kinds in a step (``kinds``, see ``kinds.py``). The names of tables, as
+arguments, choose among them.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib.util
 import platform
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,13 @@ if not torch.cuda.is_available():
     comfy.cli_args.args.use_pytorch_cross_attention = True  # as ComfyUI does on a GPU
 
 import comfy.model_management
-import comfy.samplers
 import comfy.sd
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 from kinds import OperationCounter, table
 from rich.console import Console
-from rich.progress import track
+from settings import compile_table, cost_table
+from steps import sample, step_ratio
 from torch import Tensor, nn
 
 from comfyui_psa.adapter import AdapterError, EncoderSpec, PSAAdapter, load_adapter
@@ -51,40 +53,12 @@ from comfyui_psa.training.synthetic import (
 )
 
 PAIRS = 10
-LATENT_SIZE = 32
+LATENT_SIZE = 32  # that of ``sample``
 EMBEDDING_DIM = 576
+TABLES = ("run", "settings", "compile", "kinds")
 LANGUAGE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 console = Console()
-
-
-def sample(model: ModelPatcher, steps: int = 1, on_step: Callable[[], None] = lambda: None) -> list[float]:
-    """Sample ``steps`` steps at CFG 7.5; return the seconds of each."""
-    device = comfy.model_management.get_torch_device()
-    generator = torch.Generator().manual_seed(0)
-    prompt = [[torch.randn(1, 77, SD15.context_dim, generator=generator), {}]]
-    seconds: list[float] = []
-
-    def loop(wrapped: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, **_: Any) -> Tensor:
-        for sigma in sigmas[:-1]:
-            start = time.perf_counter()
-            wrapped(x, sigma * x.new_ones(1), **(extra_args or {}))
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-            on_step()
-        return x
-
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(prompt, prompt)
-    guider.set_cfg(7.5)
-    latent = torch.randn(1, 4, LATENT_SIZE, LATENT_SIZE, generator=generator)
-    sigmas = torch.linspace(14.0, 1.0, steps + 1)
-    with torch.no_grad():
-        guider.sample(
-            latent, torch.zeros_like(latent), comfy.samplers.KSAMPLER(loop), sigmas, disable_pbar=True, seed=0
-        )
-    return seconds
 
 
 def added_operations(base: ModelPatcher, patched: ModelPatcher, sites: int) -> float:
@@ -119,20 +93,6 @@ def two_branch_operations(width: int = 320, heads: int = 8, tokens: int = 77) ->
         return counter.count
 
     return count(True) - count(False)
-
-
-def step_ratio(first: ModelPatcher, second: ModelPatcher) -> tuple[float, float, float]:
-    """Median ratio of step times of two models in turns, and its quartiles."""
-    sample(first)
-    sample(second)
-    ratios = []
-    for i in track(range(PAIRS), "Step time", console=Console(stderr=True)):
-        order = (first, second) if i % 2 else (second, first)
-        # The second step: the first one also projects the vectors, once per run.
-        seconds = {id(model): sample(model, 2)[1] for model in order}
-        ratios.append(seconds[id(second)] / seconds[id(first)])
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return median, low, high
 
 
 def time_to_first_step(base: ModelPatcher, adapter: PSAAdapter) -> float:
@@ -198,57 +158,76 @@ def _language_model_file() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def main() -> None:
-    """Measure everything and print the table."""
-    with tempfile.TemporaryDirectory(prefix="psa-benchmark-") as folder:
-        root = Path(folder)
-        folder_paths.models_dir = str(root / "models")
-        folder_paths.user_directory = str(root / "user")
-        register_folders()
-        (root / "models" / "LLM").mkdir(parents=True)
-        source = _language_model_file()
-        (root / "models" / "LLM" / source.name).symlink_to(source)
+def run_table(base: ModelPatcher, adapter: PSAAdapter, root: Path, pairs: int) -> Iterator[str]:
+    """Yield the lines of a Markdown table: a run with PSA, from a profile to its memory."""
+    source = _language_model_file()
+    (root / "models" / "LLM").mkdir(parents=True)
+    (root / "models" / "LLM" / source.name).symlink_to(source)
+    spec = EncoderSpec(kind="llm", name=LANGUAGE_MODEL, template=default_template())
+    adapter.config = adapter.config.model_copy(update={"encoder": spec})
+    first_step = time_to_first_step(base, adapter)
+    (profile,) = PSAUserProfile.execute(profile_store().entries()[0].id).args
+    (embedding,) = PSAEncodeProfile.execute(adapter, profile).args
 
-        weights = random_weights(unet_shapes(SD15), torch.Generator().manual_seed(0))
-        base = comfy.sd.load_diffusion_model_state_dict(weights)
-        write_release_adapter(root / "psa.bin", attention_widths(SD15), SD15.context_dim, EMBEDDING_DIM)
-        adapter = load_adapter(root / "psa.bin")
-        spec = EncoderSpec(kind="llm", name=LANGUAGE_MODEL, template=default_template())
-        adapter.config = adapter.config.model_copy(update={"encoder": spec})
+    def patch() -> ModelPatcher:
+        (model,) = PSAApply.execute(base, adapter, embedding, 1.0, 0.0, 1.0).args
+        return model
 
-        first_step = time_to_first_step(base, adapter)
-        (profile,) = PSAUserProfile.execute(profile_store().entries()[0].id).args
-        (embedding,) = PSAEncodeProfile.execute(adapter, profile).args
-
-        def patch() -> ModelPatcher:
-            (model,) = PSAApply.execute(base, adapter, embedding, 1.0, 0.0, 1.0).args
-            return model
-
-        memory = held_memory(base, patch)
-        patched = patch()
-        operations = added_operations(base, patched, adapter.config.num_sites)
-        noise = step_ratio(base, base.clone())
-        ratio = step_ratio(base, patched)
-
+    memory = held_memory(base, patch)
+    patched = patch()
+    operations = added_operations(base, patched, adapter.config.num_sites)
     rows = {
         "operations added per cross-attention layer and step": f"{operations:g} (attention to the user written "
         f"out: {two_branch_operations()})",
-        "step time with PSA / without": f"{ratio[0]:.3f} (quartiles {ratio[1]:.3f} to {ratio[2]:.3f})",
-        "the same for two runs without PSA (noise)": f"{noise[0]:.3f} (quartiles {noise[1]:.3f} to {noise[2]:.3f})",
+        "step time with PSA / without": step_ratio(base, patched, pairs),
+        "the same for two runs without PSA (noise)": step_ratio(base, base.clone(), pairs),
         "another profile chosen, to the UNet's first call": f"{first_step:.1f} ms",
         "memory held while sampling": f"{memory / 1e6:.2f} MB",
     }
+    yield "| measured | result |"
+    yield "| --- | --- |"
+    yield from (f"| {name} | {value} |" for name, value in rows.items())
+
+
+def show(lines: Iterator[str]) -> None:
+    """Print a table."""
+    console.print()
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def main() -> None:
+    """Measure what is asked for and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"which of {', '.join(TABLES)}; all by default")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="of runs for each ratio (default %(default)s)")
+    options = parser.parse_args()
+    chosen = options.tables or TABLES
+    if unknown := sorted(set(chosen) - set(TABLES)):
+        parser.error(f"no table is called {', '.join(unknown)}: choose of {', '.join(TABLES)}")
     device = comfy.model_management.get_torch_device_name(comfy.model_management.get_torch_device())
     system = f"{device}, {torch.get_num_threads()} threads, {platform.machine()}"
     console.print(
         f"SD1.5, {LATENT_SIZE * 8} px, CFG 7.5, {system}, torch {torch.__version__}, Python {sys.version.split()[0]}"
     )
-    console.print("\n| measured | result |\n| --- | --- |", markup=False)
-    for name, value in rows.items():
-        console.print(f"| {name} | {value} |", soft_wrap=True, markup=False, highlight=False)
-    console.print()
-    for line in table():
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    with tempfile.TemporaryDirectory(prefix="psa-benchmark-") as folder:
+        root = Path(folder)
+        folder_paths.models_dir = str(root / "models")
+        folder_paths.user_directory = str(root / "user")
+        register_folders()
+        if set(chosen) - {"kinds"}:
+            weights = random_weights(unet_shapes(SD15), torch.Generator().manual_seed(0))
+            base = comfy.sd.load_diffusion_model_state_dict(weights)
+            write_release_adapter(root / "psa.bin", attention_widths(SD15), SD15.context_dim, EMBEDDING_DIM)
+            adapter = load_adapter(root / "psa.bin")
+        if "settings" in chosen:
+            show(cost_table(base, adapter, options.pairs))
+        if "compile" in chosen:
+            show(compile_table(base, adapter))
+        if "run" in chosen:
+            show(run_table(base, adapter, root, options.pairs))
+    if "kinds" in chosen:
+        show(table())
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..adapter import TEMPLATE_NAME, AdapterError, NullMode, PSAAdapter, load_adapter
 from .apply import apply_psa
 from .curve import CONSTANT, SHAPES, Curve, points_of
 from .folders import ADAPTERS, check_file, file_fingerprint, file_names, find_file, missing_file
 from .people import People
+from .regions import Region
 from .schema import Adapter, Embedding, Floats, advanced_combo, node_schema
 
 AS_TRAINED = "as trained"
@@ -138,6 +140,12 @@ class PSAApply(io.ComfyNode):
                     tooltip="A list of numbers instead of schedule, spread evenly from start_percent to end_percent: "
                     "1 is the strength above, 0 the base model.",
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where in the picture PSA acts: white is fully, black not at all. One mask, or one per "
+                    "image, of the picture's shape. Without one it acts everywhere.",
+                ),
             ],
             outputs=[io.Model.Output("patched_model", display_name="MODEL", tooltip="For a sampler.")],
         )
@@ -154,10 +162,14 @@ class PSAApply(io.ComfyNode):
         unconditional: str = AS_TRAINED,
         schedule: str = CONSTANT,
         strengths: Sequence[float] | float | None = None,
+        mask: Tensor | None = None,
     ) -> io.NodeOutput:
         """Patch a clone of the model."""
         null, curve = _UNCONDITIONAL[unconditional], Curve(schedule, points_of(strengths))
-        return io.NodeOutput(apply_psa(model, adapter, embedding, strength, start_percent, end_percent, null, curve))
+        region = None if mask is None else Region(mask)
+        return io.NodeOutput(
+            apply_psa(model, adapter, embedding, strength, start_percent, end_percent, null, curve, region)
+        )
 
 
 NODES: list[type[io.ComfyNode]] = [PSALoadAdapter, PSAApply]

@@ -7,8 +7,9 @@ from comfy.model_patcher import ModelPatcher
 
 from ..adapter import AdapterError, CompiledProfile, NullMode, PSAAdapter, find_sites
 from .curve import FLAT, Curve
-from .patch import UserPatch
+from .patch import UserPatch, free_key
 from .people import People, effect, everyone
+from .regions import Region
 from .together import check_together
 
 
@@ -21,6 +22,7 @@ def apply_psa(
     end_percent: float = 1.0,
     null: NullMode | None = None,
     curve: Curve = FLAT,
+    region: Region | None = None,
 ) -> ModelPatcher:
     """Return a clone of ``model`` that follows the people in ``embedding``.
 
@@ -34,6 +36,7 @@ def apply_psa(
         end_percent: where it ends; the step that begins there is no longer changed.
         null: what the unconditional half gets; by default as trained.
         curve: how much of the strength counts, from start to end.
+        region: where in the picture it acts; everywhere without one.
 
     Raises:
         AdapterError: adapter or compiled profile do not fit the model or each other, or the range is empty.
@@ -53,4 +56,5 @@ def apply_psa(
     check_together(embedding, adapter)
     with torch.no_grad():
         changes = effect(embedding, adapter, null)
-    return UserPatch(changes, sites, strength, start_percent, end_percent, curve).attach(model)
+    patch = UserPatch(changes, sites, strength, start_percent, end_percent, curve, region, free_key(model))
+    return patch.attach(model)

@@ -15,23 +15,25 @@ image gets. The patch itself never changes.
 
 from __future__ import annotations
 
-import uuid
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from ..adapter import Site, UserEffect, users_of
 from .curve import FLAT, Curve
-from .replaced import only_given_text
-from .roles import Options, name_roles, roles_of
+from .regions import Region, Step
+from .replaced import only_given_text, replaces
+from .roles import Options, name_roles
 from .run import Call, Run, left_out
 
 _WRAPPERS = (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)
-_OUTPUTS = "attn2_output_patch"
-_CHANGED_KEY = "psa_changed"  # what patches have changed in a call's conditionings
+_INPUTS, _OUTPUTS = "attn2_patch", "attn2_output_patch"
+_STEP_KEY = "psa_step"  # what a guider hands over, for all patches
 _Inputs = tuple[Tensor, Tensor, Tensor]
 
 
@@ -49,10 +51,13 @@ class UserPatch:
         start_percent: float = 0.0,
         end_percent: float = 1.0,
         curve: Curve = FLAT,
+        region: Region | None = None,
+        key: str = "psa_0",
     ) -> None:
         """Take what users do at ``sites`` (same order); act from ``start_percent`` to before ``end_percent``.
 
-        ``curve`` says how much of the strength counts on the way.
+        ``curve`` says how much of the strength counts on the way, ``region`` where. ``key`` is the patch's name on its
+        model, see ``free_key``.
         """
         self.users = users_of(effect)
         self.strength = strength
@@ -65,9 +70,9 @@ class UserPatch:
         self.rows = () if effect.constant is None else effect.constant.rows()
         self.gates = effect.gated or ()
         self.text = effect.text
-        self.key = f"psa_{uuid.uuid4().hex}"
+        self.region = region
+        self.key = key
         self._run_key = f"{self.key}_run"
-        self._roles_key = f"{self.key}_roles"
         self._input_key = f"{self.key}_input"
         self._context_key = f"{self.key}_context"
 
@@ -102,7 +107,7 @@ class UserPatch:
         """``OUTER_SAMPLE`` wrapper: one run, from projecting the vectors to checking that they were used."""
         guider = executor.class_obj
         name_roles(guider.conds)
-        run = Run(self)
+        run = Run(self, noise.shape)
         options: Options = guider.model_options["transformer_options"]
         options[self._run_key] = run
         options["wrappers"] = _innermost(options["wrappers"], self.key, _WRAPPERS[1:])
@@ -115,12 +120,15 @@ class UserPatch:
         self, executor: WrapperExecutor, model: Any, conds: Any, x: Tensor, timestep: Tensor, model_options: Options
     ) -> Any:
         """``CALC_COND_BATCH`` wrapper: note which of ``conds`` are the user's, and give those the user's text."""
-        roles = roles_of(conds)
-        options = {**model_options.get("transformer_options", {}), self._roles_key: roles}
+        options = dict(model_options.get("transformer_options", {}))
+        before: Step | None = options.get(_STEP_KEY)
+        step = Step.of(conds, x, before.changed if before else ())
         run: Run | None = options.get(self._run_key)
         factor = 0.0 if run is None or run.text is None else run.factor(model, timestep)
         if run is not None and run.text is not None and factor:
-            conds, options[_CHANGED_KEY] = run.text.conditionings(conds, roles, options.get(_CHANGED_KEY, ()), factor)
+            conds, changed = run.conditionings(conds, step, factor)
+            step = Step.of(conds, x, changed)
+        options[_STEP_KEY] = step
         return executor(model, conds, x, timestep, {**model_options, "transformer_options": options})
 
     def wrap_call(
@@ -140,25 +148,46 @@ class UserPatch:
         outputs = patches.get(_OUTPUTS, ())
         if self not in outputs:
             raise left_out()
-        run: Run = options.get(self._run_key) or Run(self)
-        call = run.prepare(executor.class_obj, x, t, options, options.get(self._roles_key))
+        run: Run = options.get(self._run_key) or Run(self, x.shape)
+        call = run.prepare(executor.class_obj, x, t, options, options.get(_STEP_KEY))
         options = {**options, self.key: call}
-        if call.active:
-            # Ours is the first to see what a layer is given and the last to see what it returns: whatever another node
-            # (Attention Couple) does to the batch in between, it is the call's own there.
-            others = [patch for patch in outputs if patch is not self]
-            options["patches"] = {**patches, _OUTPUTS: [*others, self]}
-            if self.gates or self.text is not None:
-                options["patches"]["attn2_patch"] = [self.receive, *patches.get("attn2_patch", ()), self.look]
-        if call.active and self.text is not None:
-            wrappers = options.get("wrappers", {})
-            ours = {**wrappers.get(WrappersMP.DIFFUSION_MODEL, {}), self.key: [self.wrap_unet]}
-            options["wrappers"] = {**wrappers, WrappersMP.DIFFUSION_MODEL: ours}
-        output = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        # Ours is the first to see what a layer is given and the last to see what it returns: whatever another node
+        # (Attention Couple) does to the batch in between, it is the call's own there.
+        others = [patch for patch in outputs if patch is not self]
+        options["patches"] = {**patches, _OUTPUTS: [*others, self]}
+        inputs = patches.get(_INPUTS, ())
+        others_read = any(not isinstance(getattr(patch, "__self__", None), UserPatch) for patch in inputs)
+        looks = call.active and self.text is not None and (others_read or replaces(options))
+        if looks or (self.gates and call.layers is not None):
+            options["patches"][_INPUTS] = [self.receive, *inputs, *([self.look] if looks else ())]
+        if not call.active or self.text is None:
+            output = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        elif any(options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {}).values()):
+            output = executor(x, t, c_concat, c_crossattn, control, self._with_last_wrapper(options), **kwargs)
+        else:
+            # Nobody comes between this and the UNet. A compiled UNet has what runs inside of it compiled as well.
+            c_crossattn, y = self._read(call, options, c_crossattn, kwargs.pop("y", None))
+            kwargs = kwargs if y is None else {**kwargs, "y": y}
+            with only_given_text(executor.class_obj.diffusion_model, self.sites, options, lambda: call.handed):
+                output = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         if call.active and self.text is not None and not call.text_read:
             raise left_out()
         run.note(call)
         return output
+
+    def _with_last_wrapper(self, options: Options) -> Options:
+        wrappers = options["wrappers"]
+        ours = {**wrappers[WrappersMP.DIFFUSION_MODEL], self.key: [self.wrap_unet]}
+        return {**options, "wrappers": {**wrappers, WrappersMP.DIFFUSION_MODEL: ours}}
+
+    def _read(
+        self, call: Call, options: Options, text: Tensor | None, y: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the text and ``y`` of a call, with the user's text in what is the user's."""
+        assert call.run.text is not None
+        call.text_read = True
+        step: Step | None = options.get(_STEP_KEY)
+        return call.run.text.batch(text, y, call.text_of_user, step.changed if step else (), call.factor)
 
     def wrap_unet(
         self,
@@ -171,12 +200,10 @@ class UserPatch:
         transformer_options: Options | None = None,
         **kwargs: Any,
     ) -> Any:
-        """``DIFFUSION_MODEL`` wrapper, the last before the UNet: see to it that the user's text is the user's."""
+        """``DIFFUSION_MODEL`` wrapper, the last before the UNet if there are others: as ``wrap_call`` does else."""
         options = transformer_options or {}
         call: Call = options[self.key]
-        assert call.run.text is not None
-        context, y = call.run.text.batch(context, y, call.of_user, options.get(_CHANGED_KEY, ()), call.factor)
-        call.text_read = True
+        context, y = self._read(call, options, context, y)
         with only_given_text(executor.class_obj, self.sites, options, lambda: call.handed):
             return executor(x, timesteps, context, y, control, options, **kwargs)
 
@@ -210,15 +237,17 @@ class UserPatch:
         if layers is None:
             return n
         site = call.site(n, extra_options)
+        weights = None if call.weights is None else call.weights.at(n.shape[1], extra_options)
         if layers.constant:
-            n = n + layers.constant[site]
+            n = n + layers.constant[site] if weights is None else torch.addcmul(n, layers.constant[site], weights)
         if layers.gates:
             inputs, places = extra_options.get(self._input_key), layers.places
             if inputs is None:
                 raise left_out()
-            if places is None:
-                return n + layers.gates[site](inputs)
-            return n.index_add(0, places, layers.gates[site](inputs[places]).to(n.dtype))
+            added = layers.gates[site](inputs if places is None else inputs[places])
+            if weights is not None:
+                added = added * (weights if places is None or len(weights) == 1 else weights[places])
+            return n + added if places is None else n.index_add(0, places, added.to(n.dtype))
         return n
 
 
@@ -229,6 +258,15 @@ def _innermost(wrappers: Options, key: str, kinds: Sequence[str]) -> Options:
         others = {name: found for name, found in wrappers[kind].items() if name != key}
         ordered[kind] = {**others, key: wrappers[kind][key]}
     return {**wrappers, **ordered}
+
+
+def free_key(model: ModelPatcher) -> str:
+    """Return a name for one more patch on a model.
+
+    It does not tell one user or setting from another: a compiled model looks names up, and would be compiled again.
+    """
+    taken = {patch.key for patch in patches_of(model)}
+    return next(key for key in map("psa_{}".format, itertools.count()) if key not in taken)
 
 
 def patches_of(model: ModelPatcher) -> list[UserPatch]:

@@ -45,6 +45,11 @@ def only_given_text(
             handle.remove()
 
 
+def replaces(options: Options) -> bool:
+    """Return whether any node replaces cross-attention."""
+    return bool(options.get("patches_replace", {}).get("attn2"))
+
+
 def _is_replaced(site: Site, replaced: Container[object]) -> bool:
     stage, block, depth = site.key
     return (stage, block) in replaced or (stage, block, depth) in replaced

@@ -44,8 +44,9 @@ def is_users(name: str | None, position: int) -> bool:
     return position == 0 if name is None else not any(word in name for word in _UNCONDITIONAL_NAMES)
 
 
-def made_of_others(couple: Sequence[int], chunks: Sequence[int]) -> Roles | None:
-    """Return for each chunk of a batch that Attention Couple has made larger whether it has been put in.
+def made_of_others(couple: Sequence[int], chunks: Sequence[int]) -> tuple[tuple[int, bool], ...] | None:
+    """Return for each chunk of a batch that Attention Couple has made larger of which one it was made, and whether it
+    has been put in.
 
     Of each conditional chunk it makes several: the first stays as it was, the others have other prompts.
 
@@ -56,10 +57,11 @@ def made_of_others(couple: Sequence[int], chunks: Sequence[int]) -> Roles | None
     places: Counter[int] = Counter()
     found = []
     for chunk in couple:
-        came = chunks.count(chunk)
-        if not came or couple.count(chunk) % came:
+        came = [i for i, other in enumerate(chunks) if other == chunk]
+        if not came or couple.count(chunk) % len(came):
             return None
-        found.append(places[chunk] % (couple.count(chunk) // came) != 0)
+        copies = couple.count(chunk) // len(came)
+        found.append((came[places[chunk] // copies], places[chunk] % copies != 0))
         places[chunk] += 1
     return tuple(found)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import AdapterError, BlockKey, SiteGate
+from .regions import RegionRun, Step, Weights
 from .roles import COUPLE_KEY, Options, Roles, chunks_of_user, made_of_others
-from .text_side import TextSide
+from .text_side import Changed, TextSide
 
 if TYPE_CHECKING:
     from .patch import UserPatch
@@ -65,22 +66,26 @@ class Table:
 
     constant: Tensor | None
     gates: tuple[SiteGate, ...]
+    dtype: torch.dtype
     layers: dict[tuple[Roles, int], Layers] = field(default_factory=dict)
 
 
 @dataclass
 class Call:
-    """One call of the model; ``layers`` is None if PSA does not act in this step or no layer is changed.
+    """One call of the model; ``layers`` is None if they are left alone.
 
-    ``factor`` is how much of the strength counts.
+    ``factor`` is how much of the strength counts. ``of_user`` and ``text_of_user`` say for each chunk of the batch
+    whether it is the user's, and whether its text is. ``weights`` is None if layers count fully everywhere.
     """
 
     run: Run
     batch: int
-    roles: Roles | None
     chunks: tuple[int, ...]
+    of_user: Roles
+    text_of_user: Roles
     factor: float = 0.0
     layers: Layers | None = None
+    weights: Weights | None = None
     text_read: bool = False
     handed: Tensor | None = None  # the text that the layer which is running has been given
     reached: set[int] = field(default_factory=set)
@@ -93,11 +98,6 @@ class Call:
     def active(self) -> bool:
         """Whether PSA acts in this step."""
         return self.factor != 0
-
-    @property
-    def of_user(self) -> Roles:
-        """For each chunk of the batch whether it is the user's."""
-        return chunks_of_user(self.chunks, self.roles)
 
     def site(self, n: Tensor, extra_options: Options) -> int:
         """Return the number of the site that is running; ``n`` has to have the call's batch."""
@@ -125,7 +125,7 @@ class Call:
                 "Another node changes the text inside the attention, and PSA cannot tell whose it is, so the picture "
                 "would not be protected. Remove that node, or use an adapter that does not act on text."
             )
-        return tuple(a and b for a, b in zip(new, chunks_of_user(couple, self.roles), strict=True))
+        return tuple(put_in and self.text_of_user[chunk] for chunk, put_in in new)
 
 
 class Run:
@@ -135,9 +135,20 @@ class Run:
         """Return itself: some nodes copy the options in which it travels."""
         return self
 
-    def __init__(self, patch: UserPatch) -> None:
-        """Begin a run; the projection waits for the first call, which knows device and precision."""
+    def __init__(self, patch: UserPatch, latent: torch.Size) -> None:
+        """Begin a run on latents ``[images, channels, height, width]``.
+
+        The projection waits for the first call, which knows device and precision.
+
+        Raises:
+            AdapterError: the patch's masks are not for these.
+        """
         self.patch = patch
+        self.region: RegionRun | None = None
+        if patch.region is not None:
+            patch.region.check(latent[0], *latent[-2:])
+            if not patch.region.everywhere:
+                self.region = RegionRun(patch.region, *latent[-2:])
         self.text = TextSide(patch.key, patch.text, patch.strength) if patch.text else None
         self._lock = threading.Lock()
         self._tables: dict[tuple[torch.device, torch.dtype], Table] = {}
@@ -147,28 +158,50 @@ class Run:
         self._reached: set[int] = set()
 
     @torch.no_grad()
-    def prepare(self, model: Any, x: Tensor, sigma: Tensor, options: Options, roles: Roles | None) -> Call:
+    def prepare(self, model: Any, x: Tensor, sigma: Tensor, options: Options, step: Step | None) -> Call:
         """Return the call of ``model`` (ComfyUI's BaseModel) on ``x``, ``[batch, ...]``."""
         chunks = tuple(options.get("cond_or_uncond") or [0])
-        call = Call(self, x.shape[0], roles, chunks, self.factor(model, sigma))
-        if not call.active:
+        of_user = text_of_user = chunks_of_user(chunks, None if step is None else step.roles)
+        if step is not None:
+            outside = step.is_outside(options, self.patch.key)
+            text_of_user = tuple(user and not other for user, other in zip(of_user, outside, strict=True))
+        call = Call(self, x.shape[0], chunks, of_user, text_of_user, self.factor(model, sigma))
+        if not call.active and not (self.patch.acts_on_layers and _is_compiled(model.diffusion_model)):
             return call
+        masks = 1 if self.patch.region is None else len(self.patch.region.masks)
         images = options["sigmas"].shape[0] if "sigmas" in options else x.shape[0] // len(chunks)
-        if max(len(chunks), self.patch.users) > 1 and x.shape[0] != len(chunks) * images:
+        alone = max(len(chunks), self.patch.users) == 1 and self.region is None
+        if not alone and x.shape[0] != len(chunks) * images:
             raise AdapterError(
                 f"Another node put {x.shape[0]} pictures into one call where {len(chunks)} times {images} were "
                 "expected (tiles?), and PSA cannot tell which belongs to whom. Remove that node, or let it work on "
                 "one tile at a time."
             )
-        if self.patch.users > 1 and options.get("context_window") is not None:
+        if max(self.patch.users, masks) > 1 and options.get("context_window") is not None:
+            got = f"{self.patch.users} user embeddings" if self.patch.users > 1 else f"{masks} masks"
             raise AdapterError(
-                f"Apply PSA got {self.patch.users} user embeddings, and a context window lets the model see a part of "
-                "the batch at a time, so PSA cannot tell which image belongs to whom. Use one embedding for all images."
+                f"Apply PSA got {got}, and a context window lets the model see a part of the batch at a time, so PSA "
+                "cannot tell which image belongs to whom. Use one for all images."
             )
         self._row_numbers(call.of_user, x.shape[0])
         if self.patch.acts_on_layers:
-            call.layers = self._layers(self._table(model, x.device), call).times(call.factor)
+            table = self._table(model, x.device)
+            call.layers = self._layers(table, call).times(call.factor)
+            if self.region is not None:
+                call.weights = self.region.weights(x, table.dtype, len(chunks), options, step)
         return call
+
+    def conditionings(
+        self, conds: Sequence[Sequence[Options] | None], step: Step, factor: float
+    ) -> tuple[list[Sequence[Options] | None], tuple[Changed, ...]]:
+        """Return a guider's conditionings as the users have them, see ``TextSide.conditionings``."""
+        text, region, key = self.text, self.region, self.patch.key
+        assert text is not None
+        if region is None:
+            return text.conditionings(conds, step.roles, step.changed, factor)
+        return text.conditionings(
+            conds, step.roles, step.changed, factor, lambda cond, own: region.split(cond, own, step.x, key)
+        )
 
     def note(self, call: Call) -> None:
         """Take down what a finished call has used."""
@@ -185,7 +218,7 @@ class Run:
         if not self._active_calls:
             logger.warning(
                 "PSA did not act: no step of this run lies between start_percent %g and end_percent %g with a strength "
-                "above 0.",
+                "above 0 and a mask that is not empty.",
                 self.patch.start_percent,
                 self.patch.end_percent,
             )
@@ -193,6 +226,8 @@ class Run:
     def factor(self, model: Any, sigma: Tensor) -> float:
         """Return how much of the strength counts in a step at this noise: 0 outside of the patch's range."""
         patch = self.patch
+        if patch.region is not None and patch.region.nowhere:
+            return 0.0
         if patch.start_percent <= 0 and patch.end_percent >= 1 and patch.curve.is_flat:
             return patch.curve.at(0)
         noise = float(sigma.max())
@@ -286,7 +321,15 @@ class Run:
                 gate = patch.gates[i]
                 values = out[len(constant) :].reshape(*gate.values.shape[:2], -1)
                 gates.append(SiteGate(gate.scores.to(device), values, gate.sink.to(device)).to(dtype))
-        return Table(torch.cat(columns, dim=1).to(dtype) if patch.rows else None, tuple(gates))
+        return Table(torch.cat(columns, dim=1).to(dtype) if patch.rows else None, tuple(gates), dtype)
+
+
+def _is_compiled(unet: nn.Module) -> bool:
+    """Return whether ``torch.compile`` made it: then layers add zeros where they rest, which is exact as well.
+
+    Without what they add, it would be another program, and be compiled once more.
+    """
+    return hasattr(unet, "_orig_mod")
 
 
 def left_out(detail: str = "") -> AdapterError:

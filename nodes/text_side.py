@@ -44,15 +44,21 @@ class TextSide:
         self._known: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
 
     def conditionings(
-        self, conds: Sequence[Sequence[Options] | None], roles: Roles, before: Sequence[Changed], factor: float
+        self,
+        conds: Sequence[Sequence[Options] | None],
+        roles: Roles,
+        before: Sequence[Changed],
+        factor: float,
+        split: Callable[[Options, Options], list[Options]] = lambda cond, own: [own],
     ) -> tuple[list[Sequence[Options] | None], tuple[Changed, ...]]:
-        """Return a guider's conditionings with the users' prompts, and what has been changed in them.
+        """Return a guider's conditionings with the users' prompts, and what patches have changed in them.
 
         Args:
             conds: the conditionings; those that are not the user's are given back as they are.
             roles: which of them are the user's.
             before: what other patches have changed in them.
             factor: how much of the strength counts now.
+            split: makes of a conditioning and the same with the users' prompt those that take its place.
 
         Raises:
             AdapterError: a conditioning has no text, or another one that the adapter cannot change.
@@ -87,10 +93,10 @@ class TextSide:
             return {**cond, "model_conds": model_conds}
 
         ours = [
-            [of_user(cond) for cond in entries] if entries and own else entries
+            [part for cond in entries for part in split(cond, of_user(cond))] if entries and own else entries
             for entries, own in zip(conds, roles, strict=True)
         ]
-        return ours, tuple(changed)
+        return ours, (*before, *changed)  # with a mask, some stay as they were
 
     def batch(
         self, text: Tensor | None, y: Tensor | None, of_user: Roles, changed: Sequence[Changed], factor: float

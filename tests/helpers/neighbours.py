@@ -1,14 +1,17 @@
-"""What other packs do inside cross-attention, as small as it can be: IPAdapter, Attention Couple."""
+"""What stands beside PSA, as small as it can be: IPAdapter and Attention Couple in attention, a ControlNet."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.ops
 import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
-from comfy_testing import TINY, conditioning
+from comfy_testing import DEVICE, TINY, conditioning
 from torch import Tensor
 
 from comfyui_psa.adapter import find_sites
@@ -84,3 +87,15 @@ def like_attention_couple(
     patched.set_model_attn2_patch(expand)
     patched.set_model_attn2_output_patch(contract)
     return patched
+
+
+def controlnet(patcher: ModelPatcher, size: tuple[int, int]) -> comfy.controlnet.ControlNet:
+    """A ControlNet of random weights for a model, with a picture of height and width ``size`` as its hint."""
+    unet = patcher.model.model_config.unet_config
+    config = {name: value for name, value in unet.items() if name not in ("out_channels", "transformer_depth_output")}
+    network = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, operations=comfy.ops.disable_weight_init)
+    generator = torch.Generator().manual_seed(8)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+    control = comfy.controlnet.ControlNet(network, load_device=DEVICE, manual_cast_dtype=torch.float32)
+    return control.set_cond_hint(torch.rand(1, 3, *size, generator=generator), 1.0)

@@ -11,17 +11,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import comfy.cldm.cldm
-import comfy.controlnet
 import comfy.hooks
 import comfy.model_management
-import comfy.ops
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, perp_neg
 from comfy_testing import DEVICE, ROUNDING, TINY, baked, comfy_model, conditioning, denoise, difference, noise
-from neighbours import like_attention_couple, like_ip_adapter
+from neighbours import controlnet, like_attention_couple, like_ip_adapter
 from torch import Tensor
 
 from comfyui_psa.adapter import PSAAdapter
@@ -141,17 +138,7 @@ def test_a_hooked_and_a_plain_conditioning_of_the_same_user(
 
 
 def test_beside_a_controlnet(model: ModelPatcher, adapter: PSAAdapter, users: Users, expected_halves: Any) -> None:
-    unet = model.model.model_config.unet_config
-    config = {name: value for name, value in unet.items() if name not in ("out_channels", "transformer_depth_output")}
-    network = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, operations=comfy.ops.disable_weight_init)
-    generator = torch.Generator().manual_seed(8)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.05, generator=generator)
-    hint = torch.rand(1, 3, 128, 128, generator=generator)
-    control = comfy.controlnet.ControlNet(network, load_device=DEVICE, manual_cast_dtype=torch.float32)
-    guided_by = [
-        [POSITIVE[0][0], {"control": control.copy().set_cond_hint(hint, 1.0), "control_apply_to_uncond": True}]
-    ]
+    guided_by = [[POSITIVE[0][0], {"control": controlnet(model, (128, 128)), "control_apply_to_uncond": True}]]
     ours = denoise(apply_psa(model, adapter, users(0)), guided_by, NEGATIVE, LATENT, CFG)
     assert difference(ours, guided(expected_halves(), alone, guided_by)) < ROUNDING
     assert difference(guided(expected_halves(), alone), guided(expected_halves(), alone, guided_by)) > 0.01

@@ -195,6 +195,27 @@ def test_stricter_levels_remove_more(page: Page, studio: Studio) -> None:
     assert max(everything.values()) <= 1
 
 
+def test_two_people_have_a_half_each(page: Page, studio: Studio) -> None:
+    """Four pairs, without PSA and with it: thorn and banner go where L5 is (left), and stay where L0 is."""
+    load_workflow(page, example("psa_regions"))
+    pairs = run(page, studio.server)
+    assert [pair.size for pair in pairs] == [(2 * (2 * 96 + 4), 2 * 96)] * 4
+    without, ours = (
+        [np.asarray(pair.crop((left, 0, left + 2 * 96, 2 * 96)), dtype=np.float32) for pair in pairs]
+        for left in (0, 2 * (96 + 4))
+    )
+
+    def drawn(picture: np.ndarray, half: slice) -> float:
+        """The share of vivid colour: signs have it, snow and sky have not."""
+        part = picture[:, half]
+        return float(((part.max(axis=2) - part.min(axis=2)) > 120).mean())
+
+    left, right = slice(0, 90), slice(102, 192)
+    for before, after in zip(without, ours, strict=True):
+        assert drawn(after, left) < 0.1 * drawn(before, left)
+        assert drawn(after, right) > 0.5 * drawn(before, right)
+
+
 @pytest.mark.parametrize("name", WITH_FILES)
 def test_an_example_with_a_checkpoint_runs(page: Page, artist: Studio, name: str) -> None:
     """As it is, but for a smaller picture and fewer steps."""
