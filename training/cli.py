@@ -14,6 +14,7 @@ from ..profiles import EncoderError, ProfileError
 from .adapter_commands import convert
 from .data_commands import check_data, encode
 from .errors import ComfyUIError, TrainingError
+from .evaluation_commands import evaluate
 from .miniature_commands import miniature_app
 from .profile_commands import profile_app, users
 from .train_commands import train
@@ -29,6 +30,7 @@ app.add_typer(miniature_app, name="miniature")
 app.command()(convert)
 app.command()(check_data)
 app.command()(encode)
+app.command()(evaluate)
 app.command()(train)
 app.command()(users)
 

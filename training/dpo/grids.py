@@ -17,6 +17,7 @@ from ...line_breaks import wrapped
 from ..base import BaseModel, TextEmbedding
 from ..config import ValidationSection
 from ..lettering import font
+from ..sampling import denoise, whole_picture
 from .inputs import Text, UNetInputs, guided_inputs
 from .policy import Policy
 
@@ -73,19 +74,10 @@ def _sample(
     base: BaseModel, policy: Policy, inputs: UNetInputs, noise: Tensor, config: ValidationSection, resolution: int
 ) -> Tensor:
     """Return latents ``[1, channels, height, width]`` for one prompt and one user."""
-    sampler = base.sampler()  # it remembers earlier steps, so each picture has its own
-    sampler.set_timesteps(config.grid_steps, device=noise.device)
-    latents = noise * sampler.init_noise_sigma
-    # SDXL: a picture of this size that was never cropped.
-    sizes = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], device=noise.device)
-    hidden, added = inputs.text.hidden.to(policy.unet.dtype), inputs.text.added(sizes.float(), policy.unet.dtype)
+    steps, scale = config.grid_steps, config.grid_guidance_scale
+    sizes = whole_picture(resolution, resolution, noise.device)
     with policy.applied(inputs):
-        for timestep in sampler.timesteps:
-            scaled = sampler.scale_model_input(latents.repeat(2, 1, 1, 1), timestep).to(policy.unet.dtype)
-            without, with_prompt = policy.unet(scaled, timestep, hidden, **added).sample.float().chunk(2)
-            guided = without + config.grid_guidance_scale * (with_prompt - without)
-            latents = sampler.step(guided, timestep, latents).prev_sample
-    return latents
+        return denoise(policy.unet, base.sampler(), inputs.text, noise, steps, scale, sizes)
 
 
 def _decode(base: BaseModel, latents: Sequence[Tensor], device: torch.device) -> list[Image.Image]:
