@@ -246,6 +246,10 @@ class _Manifest:
 
 
 def _engine(config: EvaluationConfig, state: PartialState) -> Engine:
+    if config.engine.kind == "comfyui":
+        from .engines.comfyui import ComfyUIEngine
+
+        return ComfyUIEngine(config)
     from .engines.local import DiffusersEngine
 
     return DiffusersEngine(config, state)
