@@ -19,7 +19,7 @@ from .safe_latent import CONCEPT, DEGREES, Degree
 class Run:
     """One way to draw: a method with one file and one strength.
 
-    ``number`` counts the files of a method. ``everyone`` stands for all people. ``degree`` and ``concept`` are Safe
+    ``number`` counts the files of a method. ``everyone`` is the level that stands for all people. ``degree`` and ``concept`` are Safe
     Latent Diffusion's.
     """
 
@@ -28,14 +28,16 @@ class Run:
     number: int = 0
     path: Path | None = None
     strength: float = 1.0
-    everyone: Person | None = None
+    everyone: str | None = None
     words: str | None = None
     degree: Degree | None = None
     concept: str = ""
 
     def who(self, person: Person) -> Person | None:
         """Return whose embedding an adapter is given for a picture of ``person``; None if it is not an adapter."""
-        return (self.everyone or person) if self.kind == "adapter" else None
+        if self.kind != "adapter":
+            return None
+        return level_person(self.everyone) if self.everyone else person
 
     def negative_prompt(self, common: str, person: Person) -> str:
         """Return the negative prompt of a picture: what all methods have, then this one's words."""
@@ -63,6 +65,5 @@ def _runs(method: MethodSection) -> Iterator[Run]:
         for title, degree in zip(method.titles(), method.degrees, strict=True):
             yield Run(title, method.kind, degree=DEGREES[degree], concept=concept)
     else:
-        everyone = level_person(method.everyone) if method.everyone else None
         for (number, path), strength in product(enumerate(method.paths), method.strengths):
-            yield Run(method.name, method.kind, number, path, strength, everyone)
+            yield Run(method.name, method.kind, number, path, strength, method.everyone)

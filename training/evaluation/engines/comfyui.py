@@ -143,8 +143,8 @@ class ComfyUIEngine:
             prompt[name] = {"class_type": "CLIPTextEncode", "inputs": {"clip": clip, "text": text}}
         size = {"width": self.width, "height": self.height, "batch_size": 1}
         prompt["size"] = {"class_type": "EmptyLatentImage", "inputs": size}
-        settings = {"seed": seed, "steps": sampling.steps, "cfg": sampling.guidance_scale, "denoise": 1.0}
-        settings |= {"sampler_name": engine.sampler, "scheduler": engine.scheduler, "model": model}
+        settings: dict[str, Any] = {"seed": seed, "steps": sampling.steps, "cfg": sampling.guidance_scale}
+        settings |= {"sampler_name": engine.sampler, "scheduler": engine.scheduler, "denoise": 1.0, "model": model}
         settings |= {"positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["size", 0]}
         prompt["sampler"] = {"class_type": "KSampler", "inputs": settings}
         decode = {"samples": ["sampler", 0], "vae": ["model", 2]}
@@ -214,6 +214,6 @@ def _talking() -> Iterator[None]:
         raise
     except (requests.RequestException, websocket.WebSocketException, *DAMAGE) as error:
         raise ComfyUIError(
-            f"The ComfyUI stopped answering ({error}). Look at its log and start it again; what is drawn stays, and the "
-            "same command goes on."
+            f"The ComfyUI stopped answering ({error}). Look at its log and start it again; what is drawn stays, and "
+            "the same command goes on."
         ) from None
