@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from comfyui_psa.adapter import AdapterConfig, EncoderSpec, PSAAdapter, TextSpec, find_sites, save_adapter
+from comfyui_psa.profiles import default_template
 from comfyui_psa.profiles.encoders.attributes import DIM
 from comfyui_psa.training.base import open_base
 from comfyui_psa.training.evaluation.config import EvaluationConfig
@@ -21,6 +22,8 @@ from comfyui_psa.training.evaluation.evaluate import evaluate
 from comfyui_psa.training.evaluation.manifest import Picture, read_manifest
 
 PROMPTS = ("a harbour at dawn", "a crowd in the street")
+SMOLLM2_DIM = 576
+ATTRIBUTES = EncoderSpec(kind="attributes", name="attributes-1")
 BASE = {"name": "base", "kind": "base"}
 Key = tuple[str, int, float, str]
 
@@ -74,20 +77,23 @@ def drawn(folder: Path) -> dict[Key, np.ndarray]:
     return {key: pixels(folder, row) for key, row in pictures(folder).items()}
 
 
-def write_adapter(path: Path, base: Path, kinds: Sequence[str] = ("constant",), seed: int = 1) -> Path:
-    """An adapter for a base with random weights, for the encoder ``attributes``."""
+def write_adapter(
+    path: Path, base: Path, kinds: Sequence[str] = ("constant",), seed: int = 1, encoder: str | None = None
+) -> Path:
+    """An adapter for a base with random weights, for the encoder ``attributes`` or for SmolLM2 by its name."""
     model = open_base(base)
     sites = find_sites(model.empty_unet())
     constant = "constant" in kinds
+    torch.manual_seed(seed)
     adapter = PSAAdapter(
         AdapterConfig(
             hidden_sizes=tuple(site.hidden_size for site in sites),
             cross_attention_dim=sites[0].cross_attention_dim,
-            embedding_dim=DIM,
+            embedding_dim=SMOLLM2_DIM if encoder else DIM,
             constant=constant,
             text=TextSpec(form="mlp", pooled_dim=model.pooled_dim) if "text" in kinds else None,
             null="zero_embedding" if constant else "none",
-            encoder=EncoderSpec(kind="attributes", name="attributes-1"),
+            encoder=EncoderSpec(kind="llm", name=encoder, template=default_template()) if encoder else ATTRIBUTES,
         )
     )
     generator = torch.Generator().manual_seed(seed)

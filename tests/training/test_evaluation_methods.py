@@ -164,7 +164,7 @@ def test_a_static_adapter_takes_everybody_for_one_level(sd: Path, tmp_path: Path
     assert len({row.image for row in static}) == len(PROMPTS)  # drawn once for all
     for row in static:
         strict = found["PSA", 0, 1.0, row.case.replace("L0|", "L5|")]
-        assert np.array_equal(found["static", 0, 1.0, row.case], strict)
+        assert np.abs(found["static", 0, 1.0, row.case] - strict).max() <= ROUNDING
 
 
 def test_a_negative_prompt_says_what_a_person_bans_behind_what_all_methods_have(sd: Path, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from .safe_latent import CONCEPT, DEGREES, Degree
 class Run:
     """One way to draw: a method with one file and one strength.
 
-    ``number`` counts the files of a method. ``everyone`` is the level that stands for all people. ``degree`` and ``concept`` are Safe
-    Latent Diffusion's.
+    ``number`` counts the files of a method. ``everyone`` is the level that stands for all people. ``degree`` and
+    ``concept`` are Safe Latent Diffusion's.
     """
 
     method: str

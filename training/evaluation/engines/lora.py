@@ -99,8 +99,11 @@ def _pairs(part: str, tensors: Mapping[str, Tensor], alphas: Mapping[str, float]
     found = {}
     for module, names in sides.items():
         down, up = tensors[names["down"]], tensors[names["up"]]
+        # diffusers names an alpha after the module or after the whole weight.
+        found_under = (f"{names['down'].split('.lora.')[0]}.alpha", f"{names['down']}.alpha")
         rank = down.shape[0]
-        found[module] = _Pair(down, up, float(alphas.get(f"{names['down']}.alpha", rank)) / rank)
+        alpha = next((alphas[name] for name in found_under if name in alphas), rank)
+        found[module] = _Pair(down, up, float(alpha) / rank)
     return found
 
 
