@@ -260,9 +260,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return load_section(TrainConfig, "a training configuration", path, overrides)
 
 
-def load_section(kind: type[S], what: str, path: Path, overrides: Sequence[str] = ()) -> S:
+def load_section(kind: type[S], what: str, path: Path, overrides: Sequence[str] = (), evaluations: bool = False) -> S:
     """Read a configuration of a kind, which messages call ``what``; see ``load_config``."""
-    values = read_toml(path)
+    values = read_toml(path, evaluations)
     for override in overrides:
         _override(values, override)
     try:
@@ -272,15 +272,19 @@ def load_section(kind: type[S], what: str, path: Path, overrides: Sequence[str] 
         raise TrainingError(f"{path} is not {what}:\n{problems}") from None
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file, or a ready configuration by its name; raise TrainingError if it is missing or damaged."""
+def read_toml(path: Path, evaluations: bool = False) -> dict[str, Any]:
+    """Read a TOML file, or a ready configuration by its name; raise TrainingError if it is missing or damaged.
+
+    The message then names the ready ones: those of trainings, or of ``evaluations``.
+    """
     ready = CONFIGS / f"{path.stem}.toml"
     if not path.is_file() and path.parent == Path() and ready.is_file():
         path = ready
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        names = ", ".join(sorted(config.stem for config in CONFIGS.glob("*.toml")))
+        stems = sorted(config.stem for config in CONFIGS.glob("*.toml"))
+        names = ", ".join(stem for stem in stems if stem.startswith("evaluate-") == evaluations)
         raise TrainingError(f"There is no configuration {path}. Name a TOML file, or one of {names}.") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise TrainingError(f"{path} cannot be read as TOML ({error}). Correct it and try again.") from None

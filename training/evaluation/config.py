@@ -224,7 +224,7 @@ def load_evaluation(path: Path, overrides: Sequence[str] = ()) -> EvaluationConf
     Raises:
         TrainingError: the file is missing or no TOML, or a key or value is wrong; every problem is named.
     """
-    return load_section(EvaluationConfig, "an evaluation's configuration", path, overrides)
+    return load_section(EvaluationConfig, "an evaluation's configuration", path, overrides, evaluations=True)
 
 
 def local_paths(config: EvaluationConfig) -> Iterator[tuple[str, Path]]:
