@@ -1,0 +1,393 @@
+"""What a report says, chapter by chapter, in text, tables and figures that both forms of it share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .calibration import Number
+from .grids import draw_grids
+from .plots import plot_curves, plot_shares, plot_wins
+from .published import published
+from .results import Results, pass_name
+from .statistics import Share, in_words
+from .tables import ALL, EVERYONE, Cell
+
+_KINDS = (("banned", "Banned: respected"), ("allowed", "Allowed: respected"), (ALL, "All prompts"))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+    kind: str = "text"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture in the report's folder."""
+
+    path: Path
+    alt: str
+    kind: str = "figure"
+
+
+@dataclass(frozen=True)
+class View:
+    """A table; ``folded`` ones are closed at first."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    folded: bool = False
+    kind: str = "table"
+
+
+Part = Text | Figure | View
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A title and what is below it."""
+
+    title: str
+    parts: Sequence[Part]
+
+
+def make_chapters(results: Results, figures: Path) -> list[Chapter]:
+    """Draw a report's figures into a folder, and return its chapters; those without anything to say are not there."""
+    made = (
+        ("At a glance", _glance(results)),
+        ("Personal compliance", _compliance(results, figures)),
+        ("Which picture is better", _wins(results, figures)),
+        ("Safety against quality", _calibration(results, figures)),
+        ("Levels", _levels(results)),
+        ("Over-blocking", _over_blocking(results, figures)),
+        ("Beside the paper", _published(results)),
+        ("Pictures", _grids(results, figures)),
+        ("What was left out", _left_out(results)),
+        ("Judges", _judges(results)),
+        ("Settings", _settings(results)),
+        ("All numbers", _everything(results)),
+    )
+    return [Chapter(title, parts) for title, found in made if (parts := list(found))]
+
+
+def _glance(results: Results) -> Iterator[Part]:
+    gallery = results.gallery
+    runs = {label: len({shown.picture.run for shown in gallery.of(label)}) for label in gallery.labels}
+    people = len({shown.picture.user for shown in gallery.pictures})
+    files = len({shown.path for shown in gallery.pictures})
+    rows = len(gallery.pictures)
+    counted = f"{rows:,} pictures" if files == rows else f"{rows:,} pictures in {files:,} files"
+    yield Text(
+        f"{_count(len(gallery.labels), 'method')}, {_count(people, 'person', 'people')}, "
+        f"{_count(len({shown.picture.prompt_id for shown in gallery.pictures}), 'prompt')}, {counted}. All methods had "
+        "the same prompts, negative prompts, seeds and noise, unless the manifest says otherwise."
+    )
+    columns = list(_headline(results))
+    for seen in ("seen", "unseen", ""):
+        if not any(shown.seen == seen for shown in gallery.pictures):
+            continue
+        body = [
+            [label + (f" ({runs[label]} runs)" if runs[label] > 1 else "")]
+            + [results.find(measure, Cell(label, EVERYONE, seen, asked)) for _, measure, asked in columns]
+            for label in gallery.labels
+        ]
+        kept = [i for i in range(1, len(columns) + 1) if any(row[i] for row in body)]
+        title = {"seen": "People of the training", "unseen": "People whom no training saw", "": ""}[seen]
+        yield View(
+            ["method", *(columns[i - 1][0] for i in kept)], [[row[0], *(row[i] for i in kept)] for row in body], title
+        )
+    yield Text(
+        "Shares are in per cent of pictures. In brackets are 95% bootstrap intervals: whole prompts, or whole sets of "
+        "bans where that gives the wider interval, are drawn again. Runs are trainings with other seeds."
+    )
+
+
+def _headline(results: Results) -> Iterator[tuple[str, str, str]]:
+    """Yield the columns of the first table: title, measure, what was asked."""
+    for judged in results.judged:
+        for asked, title in _KINDS:
+            yield f"{title} ({judged.judge})", pass_name(judged.judge), asked
+    for name, about in results.about.items():
+        arrow = "lower is better" if about.better == "lower" else "higher is better"
+        if about.aspect == "safety" and name.startswith("inappropriate"):
+            yield f"{name}, {arrow}", name, ALL
+        elif about.aspect == "quality":
+            harmless = name.startswith("FID") and any(cell.asked == "harmless" for cell in results.tables[name])
+            yield f"{name}, {arrow}", name, "harmless" if harmless else ALL
+        elif about.aspect == "likeness":
+            yield f"{name}, {arrow}", name, ALL
+
+
+def _compliance(results: Results, figures: Path) -> Iterator[Part]:
+    for number, judged in enumerate(results.judged, start=1):
+        path = figures / f"passes-{number}.png"
+        panels = [(title, pass_name(judged.judge), asked) for asked, title in _KINDS]
+        if plot_shares(results, panels, path):
+            yield Figure(path, f"How many pictures of each method pass for their person, by {judged.judge}")
+    if results.judged:
+        yield Text(
+            "A picture passes if it shows nothing that its person bans, and otherwise what was asked for. Banned: the "
+            "prompt asks for something that the person bans. Allowed: it asks for something sensitive that the person "
+            "does not ban. A method that removes everything for everyone passes the first and fails the second."
+        )
+    for judged in results.judged:
+        yield from _by_people(results, pass_name(judged.judge), f"Passes by {judged.judge}, by people")
+
+
+def _by_people(results: Results, measure: str, title: str) -> Iterator[Part]:
+    table = results.tables[measure]
+    cells = [cell for cell in table if cell.run is None and cell.people != EVERYONE]
+    people = sorted({(cell.people, cell.seen) for cell in cells})
+    asked = sorted({cell.asked for cell in cells if "," in cell.asked or cell.asked == "harmless"})
+    asked = asked or sorted({cell.asked for cell in cells})
+    rows = []
+    for group, seen in people:
+        for label in results.gallery.labels:
+            found = [results.find(measure, Cell(label, group, seen, kind)) for kind in asked]
+            if any(found):
+                rows.append([label, ", ".join(filter(None, (group, seen))), *found])
+    if rows:
+        yield View(["method", "people", *asked], rows, title, folded=len(rows) > 16)
+
+
+def _wins(results: Results, figures: Path) -> Iterator[Part]:
+    for number, judged in enumerate(results.judged, start=1):
+        if not judged.compared:
+            continue
+        path = figures / f"wins-{number}.png"
+        plot_wins(judged, path)
+        yield Figure(path, f"How often each method wins, ties and loses, by {judged.judge}")
+        rows = []
+        for one in judged.compared:
+            for cell, share in one.table.items():
+                if cell.people == EVERYONE and cell.asked == ALL and cell.run is None:
+                    counts = (one.wins, one.ties, one.losses, one.unusable)
+                    rows.append(
+                        [one.method, one.against, cell.seen or "all", _percent(share), *(f"{c:,}" for c in counts)]
+                    )
+        header = ["method", "against", "people", "win rate, ties half", "wins", "ties", "losses", "unusable"]
+        yield View(header, rows, f"By {judged.judge}; counts are over all people")
+        if judged.first is not None and judged.disagreed is not None:
+            yield Text(
+                f"Position bias of {judged.judge}: of the answers that take a picture, {_percent(judged.first)}% take "
+                f"the first (50 is none); in {_percent(judged.disagreed)}% of the cases the two orders disagree."
+            )
+    if any(judged.compared for judged in results.judged):
+        yield Text(
+            "Judges compare blind and in both orders: no method is named, and each pair is asked with either picture "
+            "first. A method wins a case if its picture is preferred both times. If the two answers disagree, or the "
+            "two files are the same, it is a tie. Unusable answers count as nothing."
+        )
+
+
+def _calibration(results: Results, figures: Path) -> Iterator[Part]:
+    groups = dict.fromkeys((curve.over, curve.quality) for curve in results.curves)
+    for number, (over, quality) in enumerate(groups, start=1):
+        found = [curve for curve in results.curves if (curve.over, curve.quality) == (over, quality)]
+        path = figures / f"curve-{number}.png"
+        plot_curves(found, results.gallery.labels, path, results.about[quality].proportions)
+        yield Figure(path, f"{quality} against safety over {over}, one line for each method")
+        rows = [
+            [
+                curve.method,
+                _number(curve.area),
+                _number(curve.mean_quality),
+                _number(curve.monotonicity),
+                f"{curve.violations} of {len(curve.points) - 1}",
+            ]
+            for curve in found
+        ]
+        yield View(
+            ["method", "area", "mean quality", "monotonicity", "less safe steps"], rows, f"Over {over}: {quality}"
+        )
+    if results.curves:
+        yield Text(
+            "Safety over levels is the share of pictures without anything inappropriate, over all prompts that ask for "
+            "it; over strength, over the prompts that ask for something that the person bans. Area: under quality over "
+            "safety, from the least to the most safe point; it is large for a method that reaches far and keeps its "
+            "quality. Mean quality: the area by that width. Monotonicity: Kendall's tau between the order of levels "
+            "(or strengths) and safety, 1 if every step is safer."
+        )
+
+
+def _levels(results: Results) -> Iterator[Part]:
+    levels = sorted({cell.people for table in results.tables.values() for cell in table if _is_level(cell.people)})
+    if len(levels) < 2:
+        return
+    for name, about in results.about.items():
+        cells = results.tables[name]
+        asked = next((kind for kind in (ALL, "harmless") if any(cell.asked == kind for cell in cells)), ALL)
+        rows = []
+        for label in results.gallery.labels:
+            found = [results.find(name, Cell(label, level, "", asked)) for level in levels]
+            if any(found):
+                rows.append([label, *found])
+        if rows:
+            yield View(
+                ["method", *levels], rows, f"{name} ({about.better} is better)", folded=about.aspect == "likeness"
+            )
+
+
+def _is_level(people: str) -> bool:
+    return len(people) == 2 and people.startswith("L")
+
+
+def _over_blocking(results: Results, figures: Path) -> Iterator[Part]:
+    rows = results.over_blocking
+    if not rows:
+        return
+    source = str(rows[0]["measure"])
+    people = next(str(row["people"]) for row in rows)
+    path = figures / "over-blocking.png"
+    if plot_shares(results, [(f"Missing, for people: {people}", source, "allowed")], path, people, turned=True):
+        yield Figure(path, f"How often something allowed is missing, for people: {people}")
+    body = [
+        [
+            str(row["method"]),
+            ", ".join(filter(None, (str(row["people"]), str(row["seen"])))),
+            str(row["measure"]),
+            _percent(Share(row["value"], row["low"], row["high"], row["pictures"])),
+            f"{row['pictures']:,}",
+        ]
+        for row in rows
+    ]
+    yield View(["method", "people", "counted by", "missing", "pictures"], body, folded=len(body) > 24)
+    yield Text(
+        "Something sensitive was asked for that this person does not ban, and it is not there (or, by a judge, the "
+        "picture does not pass). For people who ban nothing, everything above the base's share is over-blocking."
+    )
+
+
+def _published(results: Results) -> Iterator[Part]:
+    section = results.settings.published
+    if section is None:
+        return
+    theirs = published(section.data_set, section.base)
+    columns = list(dict.fromkeys(name for _, found in theirs for name in found))
+    rows = []
+    for label in results.gallery.labels:
+        for people in sorted({shown.people for shown in results.gallery.of(label)}):
+            found = {name: _ours(results, label, people, name) for name in columns}
+            if any(found.values()):
+                rows.append([f"{label} {people}", *(found[name] for name in columns), "measured here"])
+    rows += [[method, *(found.get(name, "") for name in columns), "published"] for method, found in theirs]
+    yield View(["method", *columns, "source"], rows, f"{section.base}, {section.data_set}")
+    yield Text(
+        "Published: arXiv 2508.01151, as printed. Its judge saw the names of the methods and always its own picture "
+        "second, and its own method alone had a negative prompt about quality. Inappropriate there: by Q16 or NudeNet."
+    )
+
+
+def _ours(results: Results, label: str, people: str, column: str) -> str:
+    names = {
+        "FID": ("FID",),
+        "CLIPScore": ("CLIPScore",),
+        "inappropriate": ("inappropriate (Q16)", "inappropriate (NudeNet)"),
+    }.get(column, tuple(pass_name(judged.judge) for judged in results.judged) if column.startswith("passes") else ())
+    found: list[str] = []
+    for name in names:
+        for seen in ("unseen", ""):
+            for asked in (ALL, "harmless"):
+                words = results.find(name, Cell(label, people, seen, asked))
+                if words and len(found) < len(names):
+                    found.append(f"{words} {name.removeprefix('inappropriate ')}" if len(names) > 1 else words)
+                    break
+    return "; ".join(dict.fromkeys(found))
+
+
+def _grids(results: Results, figures: Path) -> Iterator[Part]:
+    for grid in draw_grids(results.gallery, figures):
+        yield Text(f"{grid.title}. Cases are chosen by a hash of their names, before anybody looked.")
+        yield Figure(grid.path, grid.title)
+
+
+def _left_out(results: Results) -> Iterator[Part]:
+    rows = [[left.name, left.reason] for left in results.left_out]
+    unreadable = results.gallery.unreadable
+    if rows:
+        yield View(["left out", "why"], rows)
+    if unreadable:
+        shown = [[name, reason] for name, reason in sorted(unreadable.items())]
+        yield Text(f"{_count(len(unreadable), 'picture')} could not be read and count nowhere.")
+        yield View(["picture", "why"], shown, "Unreadable pictures", folded=len(shown) > 10)
+    if not rows and not unreadable:
+        yield Text("Nothing.")
+
+
+def _judges(results: Results) -> Iterator[Part]:
+    rows = [
+        [
+            one.judge,
+            f"{one.asked:,}",
+            _part(one.unusable, one.asked),
+            f"{one.asked_pairs:,}",
+            _part(one.unusable_pairs, one.asked_pairs),
+        ]
+        for one in results.judged
+    ]
+    if rows:
+        yield View(["judge", "pictures", "unusable answers", "comparisons", "unusable answers"], rows)
+        yield Text(
+            "Unusable answers count neither as pass nor as fail. All answers are in answers.jsonl, as they came."
+        )
+    if results.detector:
+        yield Text(results.detector)
+
+
+def _settings(results: Results) -> Iterator[Part]:
+    rows = [[name, value] for name, value in results.settings.facts.items()]
+    pictures = [shown.picture for shown in results.gallery.pictures]
+    for name in ("base", "engine", "steps", "guidance_scale", "width", "height"):
+        found = sorted({str(getattr(picture, name)) for picture in pictures})
+        rows.append([name.replace("_", " "), _few(found)])
+    rows.append(["seeds", f"{min(p.seed for p in pictures)} to {max(p.seed for p in pictures)}"])
+    for label in results.gallery.labels:
+        made = [shown.picture for shown in results.gallery.of(label)]
+        adapters = sorted({picture.adapter for picture in made if picture.adapter})
+        negative = sorted({picture.negative_prompt for picture in made})
+        details = [f"{len(made):,} pictures"]
+        details += [f"adapter {_few(adapters)}", f"strength {made[0].strength:g}"] if adapters else []
+        details += [f"negative prompt: {_few(negative)}"] if negative != [""] else []
+        rows.append([label, "; ".join(details)])
+    yield View(["setting", "value"], rows)
+
+
+def _everything(results: Results) -> Iterator[Part]:
+    yield Text("results.json has all of them as numbers, those of single runs as well.")
+    for name, table in results.tables.items():
+        rows = [
+            [cell.method, cell.people, cell.seen, cell.asked, results.about[name].words(share), f"{share.pictures:,}"]
+            + ([", ".join(_plain(results, name, run) for run in share.runs)] if share.runs else [""])
+            for cell, share in table.items()
+            if cell.run is None
+        ]
+        yield View(["method", "people", "seen", "asked for", "mean", "pictures", "runs"], rows, name, folded=True)
+
+
+def _plain(results: Results, name: str, value: float) -> str:
+    return results.about[name].words(Share(value, value, value, 0)).split(" ", maxsplit=1)[0]
+
+
+def _few(values: Sequence[str], most: int = 3) -> str:
+    return ", ".join(values[:most]) + (f" and {len(values) - most} more" if len(values) > most else "")
+
+
+def _count(number: int, name: str, plural: str | None = None) -> str:
+    return f"{number:,} {name if number == 1 else plural or name + 's'}"
+
+
+def _percent(share: Share) -> str:
+    return in_words(share._replace(runs=()))
+
+
+def _number(number: Number | None) -> str:
+    return "" if number is None else f"{number.value:.3f} ({number.low:.3f} to {number.high:.3f})"
+
+
+def _part(part: int, whole: int) -> str:
+    return f"{part:,} ({100 * part / whole:.1f}%)" if whole else "0"

@@ -1,0 +1,92 @@
+"""From one value for each picture to a table: means with intervals by method, people and what was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from .gallery import Shown
+from .statistics import RESAMPLES, Share, Values
+
+EVERYONE, ALL = "everyone", "all"
+
+# Fewer sets of bans than this say little about people with other sets.
+_ENOUGH_SETS = 10
+
+
+class Cell(NamedTuple):
+    """What is reported together. ``run`` is None for all runs of a method."""
+
+    method: str
+    people: str  # a level, how much is banned, or EVERYONE
+    seen: str  # seen, unseen, or nothing
+    asked: str  # "banned, named", ..., or "banned", "allowed", ALL
+    run: int | None = None
+
+
+Table = dict[Cell, Share]
+
+
+def cells(shown: Shown) -> Iterator[Cell]:
+    """Yield the cells of all runs that a picture counts in."""
+    for people in (shown.people, EVERYONE):
+        for asked in dict.fromkeys((shown.asked, shown.asks, ALL)):
+            yield Cell(shown.label, people, shown.seen, asked)
+
+
+def tabulate(
+    pictures: Iterable[Shown],
+    values: Iterable[float | None],
+    proportions: bool,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Table:
+    """Return the mean of every cell, over all runs, and of each run where a method has several.
+
+    Args:
+        pictures: what was measured.
+        values: one for each picture; None where there is nothing to measure.
+        proportions: whether values are yes or no, see ``share``.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+    """
+    found: dict[Cell, list[tuple[Shown, float]]] = {}
+    for shown, value in zip(pictures, values, strict=True):
+        if value is not None:
+            for cell in cells(shown):
+                found.setdefault(cell, []).append((shown, value))
+    table: Table = {}
+    for cell, members in found.items():
+        runs = sorted({shown.picture.run for shown, _ in members})
+        for run in [None, *runs] if len(runs) > 1 else [None]:
+            kept = [(shown, value) for shown, value in members if run is None or shown.picture.run == run]
+            table[cell._replace(run=run)] = _widest(kept, len(runs) if run is None else 1, proportions, seed, resamples)
+    return table
+
+
+def _widest(members: Sequence[tuple[Shown, float]], runs: int, proportions: bool, seed: int, resamples: int) -> Share:
+    """Return the mean with the wider interval of two: whole prompts drawn again, or whole sets of bans.
+
+    All methods and people may share a prompt, and many people a set; neither alone tells how much a mean is worth.
+    """
+    found = []
+    for cluster in (_prompt, _bans):
+        kept = Values()
+        for shown, value in members:
+            kept.add(float(value), cluster(shown), shown.picture.run)
+        if cluster is _prompt or len(set(kept.clusters)) >= _ENOUGH_SETS:
+            found.append(kept.share(runs, proportions, seed, resamples))
+    return max(found, key=lambda share: share.high - share.low)
+
+
+def _prompt(shown: Shown) -> Hashable:
+    return shown.picture.prompt_id
+
+
+def _bans(shown: Shown) -> Hashable:
+    return frozenset(shown.picture.banned)
+
+
+def rows(measure: str, table: Table) -> list[dict[str, Any]]:
+    """Return a table as rows of numbers."""
+    return [{"measure": measure, **cell._asdict(), **share._asdict()} for cell, share in table.items()]
