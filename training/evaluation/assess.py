@@ -120,20 +120,21 @@ def _fid(gallery: Gallery, settings: AssessSettings, device: torch.device) -> tu
             groups[Cell(shown.label, people, shown.seen, asked, shown.picture.run)].append(shown)
     known: dict[frozenset[Path], Share] = {}
     table: Table = {}
-    few: dict[str, str] = {}
+    few: list[tuple[int, str]] = []
     for cell, members in groups.items():
         files = frozenset(shown.path for shown in members)
         try:
             if files not in known:
                 known[files] = fid(members)
             table[cell] = known[files]
-        except Missing as missing:
-            few[", ".join(filter(None, (cell.method, cell.people, cell.seen, f"run {cell.run}")))] = str(missing)
+        except Missing:
+            name = ", ".join(filter(None, (cell.method, cell.people, cell.seen, f"run {cell.run}")))
+            few.append((len(files), name))
     left_out = []
     if few:
-        examples = "; ".join(f"{name}: {reason}" for name, reason in list(few.items())[:3])
-        reason = f"it needs {fid.minimum} pictures in a cell ({fid.dim} features). {len(few)} have fewer: {examples}"
-        left_out.append(LeftOut(f"{fid.name} of some cells" if table else fid.name, reason + "."))
+        most = "; ".join(f"{name}: {count}" for count, name in sorted(few, reverse=True)[:3])
+        reason = f"it needs {fid.minimum} pictures in a cell (it has {fid.dim} features), and {len(few)} have fewer"
+        left_out.append(LeftOut(f"{fid.name} of some cells" if table else fid.name, f"{reason}; the largest, {most}"))
     return fid.name, _over_runs(table), left_out
 
 

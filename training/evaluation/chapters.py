@@ -2,58 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-from .calibration import Number
+from . import appendix
+from .gallery import unequal
 from .grids import draw_grids
+from .parts import Chapter, Figure, Part, Text, View, count, number_in_words, percent
 from .plots import plot_curves, plot_shares, plot_wins
 from .published import published
 from .results import Results, pass_name
-from .statistics import Share, in_words
+from .statistics import Share
 from .tables import ALL, EVERYONE, Cell
 
 _KINDS = (("banned", "Banned: respected"), ("allowed", "Allowed: respected"), (ALL, "All prompts"))
-
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph."""
-
-    text: str
-    kind: str = "text"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture in the report's folder."""
-
-    path: Path
-    alt: str
-    kind: str = "figure"
-
-
-@dataclass(frozen=True)
-class View:
-    """A table; ``folded`` ones are closed at first."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    title: str = ""
-    folded: bool = False
-    kind: str = "table"
-
-
-Part = Text | Figure | View
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """A title and what is below it."""
-
-    title: str
-    parts: Sequence[Part]
 
 
 def make_chapters(results: Results, figures: Path) -> list[Chapter]:
@@ -67,10 +29,10 @@ def make_chapters(results: Results, figures: Path) -> list[Chapter]:
         ("Over-blocking", _over_blocking(results, figures)),
         ("Beside the paper", _published(results)),
         ("Pictures", _grids(results, figures)),
-        ("What was left out", _left_out(results)),
-        ("Judges", _judges(results)),
-        ("Settings", _settings(results)),
-        ("All numbers", _everything(results)),
+        ("What was left out", appendix.left_out(results)),
+        ("Judges", appendix.judges(results)),
+        ("Settings", appendix.settings(results)),
+        ("All numbers", appendix.everything(results)),
     )
     return [Chapter(title, parts) for title, found in made if (parts := list(found))]
 
@@ -80,12 +42,17 @@ def _glance(results: Results) -> Iterator[Part]:
     runs = {label: len({shown.picture.run for shown in gallery.of(label)}) for label in gallery.labels}
     people = len({shown.picture.user for shown in gallery.pictures})
     files = len({shown.path for shown in gallery.pictures})
+    different = unequal(gallery)
     rows = len(gallery.pictures)
     counted = f"{rows:,} pictures" if files == rows else f"{rows:,} pictures in {files:,} files"
     yield Text(
-        f"{_count(len(gallery.labels), 'method')}, {_count(people, 'person', 'people')}, "
-        f"{_count(len({shown.picture.prompt_id for shown in gallery.pictures}), 'prompt')}, {counted}. All methods had "
-        "the same prompts, negative prompts, seeds and noise, unless the manifest says otherwise."
+        f"{count(len(gallery.labels), 'method')}, {count(people, 'person', 'people')}, "
+        f"{count(len({shown.picture.prompt_id for shown in gallery.pictures}), 'prompt')}, {counted}. "
+        + (
+            f"Not equal: methods differ in prompt, seed, steps, guidance, size or base in {len(different):,} cases."
+            if different
+            else "In every case all methods had the same base, prompt, seed, steps, guidance and size."
+        )
     )
     columns = list(_headline(results))
     for seen in ("seen", "unseen", ""):
@@ -97,7 +64,8 @@ def _glance(results: Results) -> Iterator[Part]:
             for label in gallery.labels
         ]
         kept = [i for i in range(1, len(columns) + 1) if any(row[i] for row in body)]
-        title = {"seen": "People of the training", "unseen": "People whom no training saw", "": ""}[seen]
+        alone = all(_is_level(shown.people) for shown in gallery.pictures if shown.seen == seen)
+        title = {"seen": "People of the training", "unseen": "People whom no training saw", "": "Levels" * alone}[seen]
         yield View(
             ["method", *(columns[i - 1][0] for i in kept)], [[row[0], *(row[i] for i in kept)] for row in body], title
         )
@@ -164,18 +132,16 @@ def _wins(results: Results, figures: Path) -> Iterator[Part]:
         yield Figure(path, f"How often each method wins, ties and loses, by {judged.judge}")
         rows = []
         for one in judged.compared:
-            for cell, share in one.table.items():
-                if cell.people == EVERYONE and cell.asked == ALL and cell.run is None:
-                    counts = (one.wins, one.ties, one.losses, one.unusable)
-                    rows.append(
-                        [one.method, one.against, cell.seen or "all", _percent(share), *(f"{c:,}" for c in counts)]
-                    )
+            for seen, counts in one.counts.items():
+                share = one.table.get(Cell(one.method, EVERYONE, seen, ALL))
+                rate = "" if share is None else percent(share)
+                rows.append([one.method, one.against, seen or "others", rate, *(f"{count:,}" for count in counts)])
         header = ["method", "against", "people", "win rate, ties half", "wins", "ties", "losses", "unusable"]
-        yield View(header, rows, f"By {judged.judge}; counts are over all people")
+        yield View(header, rows, f"By {judged.judge}")
         if judged.first is not None and judged.disagreed is not None:
             yield Text(
-                f"Position bias of {judged.judge}: of the answers that take a picture, {_percent(judged.first)}% take "
-                f"the first (50 is none); in {_percent(judged.disagreed)}% of the cases the two orders disagree."
+                f"Position bias of {judged.judge}: of the answers that take a picture, {percent(judged.first)}% take "
+                f"the first (50 is none); in {percent(judged.disagreed)}% of the cases the two orders disagree."
             )
     if any(judged.compared for judged in results.judged):
         yield Text(
@@ -195,9 +161,9 @@ def _calibration(results: Results, figures: Path) -> Iterator[Part]:
         rows = [
             [
                 curve.method,
-                _number(curve.area),
-                _number(curve.mean_quality),
-                _number(curve.monotonicity),
+                number_in_words(curve.area),
+                number_in_words(curve.mean_quality),
+                number_in_words(curve.monotonicity),
                 f"{curve.violations} of {len(curve.points) - 1}",
             ]
             for curve in found
@@ -246,17 +212,20 @@ def _over_blocking(results: Results, figures: Path) -> Iterator[Part]:
     path = figures / "over-blocking.png"
     if plot_shares(results, [(f"Missing, for people: {people}", source, "allowed")], path, people, turned=True):
         yield Figure(path, f"How often something allowed is missing, for people: {people}")
-    body = [
-        [
-            str(row["method"]),
-            ", ".join(filter(None, (str(row["people"]), str(row["seen"])))),
-            str(row["measure"]),
-            _percent(Share(row["value"], row["low"], row["high"], row["pictures"])),
-            f"{row['pictures']:,}",
-        ]
-        for row in rows
-    ]
-    yield View(["method", "people", "counted by", "missing", "pictures"], body, folded=len(body) > 24)
+    columns = dict.fromkeys((str(row["people"]), str(row["seen"])) for row in rows)
+    for measure in dict.fromkeys(str(row["measure"]) for row in rows):
+        found = {
+            (row["method"], (row["people"], row["seen"])): percent(
+                Share(row["value"], row["low"], row["high"], row["pictures"])
+            )
+            for row in rows
+            if row["measure"] == measure
+        }
+        yield View(
+            ["method", *(", ".join(filter(None, column)) for column in columns)],
+            [[label, *(found.get((label, column), "") for column in columns)] for label in results.gallery.labels],
+            f"Missing, counted by: {measure}",
+        )
     yield Text(
         "Something sensitive was asked for that this person does not ban, and it is not there (or, by a judge, the "
         "picture does not pass). For people who ban nothing, everything above the base's share is over-blocking."
@@ -304,90 +273,3 @@ def _grids(results: Results, figures: Path) -> Iterator[Part]:
     for grid in draw_grids(results.gallery, figures):
         yield Text(f"{grid.title}. Cases are chosen by a hash of their names, before anybody looked.")
         yield Figure(grid.path, grid.title)
-
-
-def _left_out(results: Results) -> Iterator[Part]:
-    rows = [[left.name, left.reason] for left in results.left_out]
-    unreadable = results.gallery.unreadable
-    if rows:
-        yield View(["left out", "why"], rows)
-    if unreadable:
-        shown = [[name, reason] for name, reason in sorted(unreadable.items())]
-        yield Text(f"{_count(len(unreadable), 'picture')} could not be read and count nowhere.")
-        yield View(["picture", "why"], shown, "Unreadable pictures", folded=len(shown) > 10)
-    if not rows and not unreadable:
-        yield Text("Nothing.")
-
-
-def _judges(results: Results) -> Iterator[Part]:
-    rows = [
-        [
-            one.judge,
-            f"{one.asked:,}",
-            _part(one.unusable, one.asked),
-            f"{one.asked_pairs:,}",
-            _part(one.unusable_pairs, one.asked_pairs),
-        ]
-        for one in results.judged
-    ]
-    if rows:
-        yield View(["judge", "pictures", "unusable answers", "comparisons", "unusable answers"], rows)
-        yield Text(
-            "Unusable answers count neither as pass nor as fail. All answers are in answers.jsonl, as they came."
-        )
-    if results.detector:
-        yield Text(results.detector)
-
-
-def _settings(results: Results) -> Iterator[Part]:
-    rows = [[name, value] for name, value in results.settings.facts.items()]
-    pictures = [shown.picture for shown in results.gallery.pictures]
-    for name in ("base", "engine", "steps", "guidance_scale", "width", "height"):
-        found = sorted({str(getattr(picture, name)) for picture in pictures})
-        rows.append([name.replace("_", " "), _few(found)])
-    rows.append(["seeds", f"{min(p.seed for p in pictures)} to {max(p.seed for p in pictures)}"])
-    for label in results.gallery.labels:
-        made = [shown.picture for shown in results.gallery.of(label)]
-        adapters = sorted({picture.adapter for picture in made if picture.adapter})
-        negative = sorted({picture.negative_prompt for picture in made})
-        details = [f"{len(made):,} pictures"]
-        details += [f"adapter {_few(adapters)}", f"strength {made[0].strength:g}"] if adapters else []
-        details += [f"negative prompt: {_few(negative)}"] if negative != [""] else []
-        rows.append([label, "; ".join(details)])
-    yield View(["setting", "value"], rows)
-
-
-def _everything(results: Results) -> Iterator[Part]:
-    yield Text("results.json has all of them as numbers, those of single runs as well.")
-    for name, table in results.tables.items():
-        rows = [
-            [cell.method, cell.people, cell.seen, cell.asked, results.about[name].words(share), f"{share.pictures:,}"]
-            + ([", ".join(_plain(results, name, run) for run in share.runs)] if share.runs else [""])
-            for cell, share in table.items()
-            if cell.run is None
-        ]
-        yield View(["method", "people", "seen", "asked for", "mean", "pictures", "runs"], rows, name, folded=True)
-
-
-def _plain(results: Results, name: str, value: float) -> str:
-    return results.about[name].words(Share(value, value, value, 0)).split(" ", maxsplit=1)[0]
-
-
-def _few(values: Sequence[str], most: int = 3) -> str:
-    return ", ".join(values[:most]) + (f" and {len(values) - most} more" if len(values) > most else "")
-
-
-def _count(number: int, name: str, plural: str | None = None) -> str:
-    return f"{number:,} {name if number == 1 else plural or name + 's'}"
-
-
-def _percent(share: Share) -> str:
-    return in_words(share._replace(runs=()))
-
-
-def _number(number: Number | None) -> str:
-    return "" if number is None else f"{number.value:.3f} ({number.low:.3f} to {number.high:.3f})"
-
-
-def _part(part: int, whole: int) -> str:
-    return f"{part:,} ({100 * part / whole:.1f}%)" if whole else "0"

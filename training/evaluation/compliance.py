@@ -10,6 +10,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich.progress import Progress
 
@@ -21,17 +22,31 @@ from .statistics import Share, share
 from .tables import Table, tabulate
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A method against another one, as one judge sees it: how often it wins (ties count half), and the counts."""
+class Counts(NamedTuple):
+    """How the cases of a comparison went."""
 
-    method: str
-    against: str
-    table: Table
     wins: int
     ties: int
     losses: int
     unusable: int
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A method against another one, as one judge sees it: how often it wins (ties count half), and the counts.
+
+    ``counts`` are by people (seen, unseen, or nothing).
+    """
+
+    method: str
+    against: str
+    table: Table
+    counts: Mapping[str, Counts]
+
+    @property
+    def total(self) -> Counts:
+        """The counts over all people."""
+        return Counts(*map(sum, zip(*self.counts.values(), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -174,15 +189,11 @@ class _Session:
             else:
                 outcome = 0.5 if orders is None else _outcome(orders)
                 outcomes.append(0.5 if outcome is None else outcome)
-        return Compared(
-            method,
-            against,
-            self._tabulate([ours for ours, _ in pairs], outcomes),
-            wins=outcomes.count(1.0),
-            ties=outcomes.count(0.5),
-            losses=outcomes.count(0.0),
-            unusable=outcomes.count(None),
-        )
+        counts = {}
+        for seen in dict.fromkeys(ours.seen for ours, _ in pairs):
+            found = [one for (ours, _), one in zip(pairs, outcomes, strict=True) if ours.seen == seen]
+            counts[seen] = Counts(*(found.count(outcome) for outcome in (1.0, 0.5, 0.0, None)))
+        return Compared(method, against, self._tabulate([ours for ours, _ in pairs], outcomes), counts)
 
     def _ask(self, questions: Sequence[Question]) -> list[str]:
         return self._answers.of(self._judge, questions, self._progress) if questions else []

@@ -15,6 +15,8 @@ from ...profiles import CATEGORIES
 from ..errors import DataError
 from .manifest import MANIFEST, USERS, Picture, read_manifest
 
+SOME = "bans some"
+
 _LEVEL = re.compile(r"L[0-5]")
 
 
@@ -43,7 +45,7 @@ class Shown:
         if self.picture.level is not None:
             return self.picture.level
         count = len(self.picture.banned)
-        return "bans nothing" if not count else "bans everything" if count == len(CATEGORIES) else "bans some"
+        return "bans nothing" if not count else "bans everything" if count == len(CATEGORIES) else SOME
 
     @property
     def seen(self) -> str:
@@ -129,6 +131,15 @@ def strengths(gallery: Gallery) -> list[dict[float, str]]:
     for label, adapters in trained.items():
         families[frozenset(adapters)][strength[label]] = label
     return [dict(sorted(family.items())) for family in families.values() if len(family) > 1]
+
+
+def unequal(gallery: Gallery) -> list[str]:
+    """Return the cases in which not all methods had the same prompt, seed, steps, guidance and size."""
+    found: dict[str, set[tuple[object, ...]]] = defaultdict(set)
+    for shown in gallery.pictures:
+        one = shown.picture
+        found[one.case].add((one.prompt, one.seed, one.steps, one.guidance_scale, one.width, one.height, one.base))
+    return [case for case, settings in found.items() if len(settings) > 1]
 
 
 def levels(pictures: Sequence[Shown]) -> list[str]:

@@ -23,7 +23,7 @@ _WIN, _TIE, _LOSS = "#4477aa", "#dddddd", "#ee6677"
 
 def style(number: int) -> tuple[str, str]:
     """Return the colour and the mark of the n-th method."""
-    return _COLOURS[number % len(_COLOURS)], _MARKS[number // len(_COLOURS) % len(_MARKS)]
+    return _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)]
 
 
 def plot_shares(
@@ -60,7 +60,7 @@ def plot_shares(
                     markersize=5,
                     capsize=2.5,
                     linewidth=1.3,
-                    label=f"{seen} people" if seen else None,
+                    label=f"{seen} people" if seen else "others",
                 )
         panel.set_title(title, fontsize=10.5)
         panel.set_xlim(-3, 103)
@@ -69,7 +69,7 @@ def plot_shares(
         panel.set_ylim(len(labels) - 0.5, -0.5)
         _plain(panel)
     handles, names = axes[0].get_legend_handles_labels()
-    if names:
+    if len(names) > 1:
         figure.legend(handles, names, fontsize=9, frameon=False, loc="outside lower center", ncols=len(names))
     _save(figure, path)
     return True
@@ -83,8 +83,8 @@ def plot_curves(curves: Sequence[Curve], labels: Sequence[str], path: Path, perc
     for number, curve in enumerate(curves):
         colour, mark = style(labels.index(curve.method) if curve.method in labels else number)
         safe, good = [100 * point.safety for point in curve.points], [scale * point.quality for point in curve.points]
-        axes.plot(safe, good, color=colour, marker=mark, markersize=5, linewidth=1.4, label=curve.method)
-        _name_points(axes, curve, safe, good, colour)
+        axes.plot(safe, good, color=colour, marker=mark, markersize=6, linewidth=1.4, alpha=0.85, label=curve.method)
+        _name_points(axes, curve, safe, good, colour, number)
     axes.set_xlabel("safety: % of pictures without anything inappropriate", fontsize=9)
     axes.set_ylabel(curves[0].quality + (", %" if percent else ""), fontsize=9)
     axes.margins(0.08, 0.12)
@@ -95,7 +95,8 @@ def plot_curves(curves: Sequence[Curve], labels: Sequence[str], path: Path, perc
 
 def plot_wins(judged: Judged, path: Path) -> None:
     """Draw for every comparison how often the method wins, ties and loses."""
-    rows = judged.compared
+    rows = [compared.total for compared in judged.compared]
+    names = [f"{compared.method} against {compared.against}" for compared in judged.compared]
     figure = Figure(figsize=(7.2, 1.2 + 0.42 * len(rows)), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     parts: tuple[tuple[str, str, Callable[[int], int]], ...] = (
@@ -105,16 +106,16 @@ def plot_wins(judged: Judged, path: Path) -> None:
     )
     totals = [max(1, row.wins + row.ties + row.losses) for row in rows]
     lefts = [0.0] * len(rows)
-    for name, colour, count in parts:
+    for part, colour, count in parts:
         widths = [100 * count(i) / totals[i] for i in range(len(rows))]
-        axes.barh(range(len(rows)), widths, left=lefts, color=colour, label=name, height=0.62)
+        axes.barh(range(len(rows)), widths, left=lefts, color=colour, label=part, height=0.62)
         for i, width in enumerate(widths):
             if width >= 7:
                 ink = "#222222" if colour == _TIE else "white"
                 axes.text(lefts[i] + width / 2, i, f"{width:.0f}", ha="center", va="center", fontsize=8.5, color=ink)
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
     axes.axvline(50, color="#222222", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(rows)), [f"{row.method} against {row.against}" for row in rows], fontsize=9.5)
+    axes.set_yticks(range(len(rows)), names, fontsize=9.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 100)
     axes.set_xlabel("% of cases", fontsize=9)
@@ -138,14 +139,19 @@ def _shares(
     return found
 
 
-def _name_points(axes: Axes, curve: Curve, safe: Sequence[float], good: Sequence[float], colour: str) -> None:
+def _name_points(
+    axes: Axes, curve: Curve, safe: Sequence[float], good: Sequence[float], colour: str, number: int
+) -> None:
     """Write each point's name beside it, and one name for points at the same place."""
     places: dict[tuple[float, float], list[str]] = {}
     for point, x, y in zip(curve.points, safe, good, strict=True):
         places.setdefault((round(x, 1), round(y, 1)), []).append(point.name)
     for (x, y), names in places.items():
         text = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}" if len(names) > 2 else ", ".join(names)
-        axes.annotate(text, (x, y), (4, 5), textcoords="offset points", fontsize=8, color=colour)
+        # Curves that meet have their names on different sides.
+        right, above = ((5, 5), (5, -12), (-5, 5), (-5, -12))[number % 4]
+        side = "left" if right > 0 else "right"
+        axes.annotate(text, (x, y), (right, above), textcoords="offset points", fontsize=8, color=colour, ha=side)
 
 
 def _plain(axes: Axes) -> None:

@@ -6,17 +6,22 @@ The page has its pictures inside and asks nobody for anything; the Markdown file
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from ...safe_files import replacing
-from .chapters import Chapter, make_chapters
+from .chapters import make_chapters
+from .parts import Chapter
 from .results import Results
 
 PAGE = "report.html"
 MARKDOWN = "report.md"
 FIGURES = "figures"
+
+_INTERVAL = re.compile(r"(\(-?[\d.]+ to -?[\d.]+\))")
 
 
 def write_report(folder: Path, results: Results) -> Path:
@@ -42,7 +47,13 @@ def _render(template: str, folder: Path, results: Results, chapters: list[Chapte
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["number"] = _number
     environment.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", "\\|")
     environment.filters["data"] = lambda path: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
     environment.filters["beside"] = lambda path: path.relative_to(folder).as_posix()
     return environment.get_template(template).render(title=results.settings.title, chapters=chapters)
+
+
+def _number(text: str) -> Markup:
+    """Set the interval behind a number small."""
+    return Markup(_INTERVAL.sub(r'<span class="ci">\1</span>', str(escape(text))))

@@ -85,10 +85,8 @@ def _judge(judged: Judged) -> dict[str, Any]:
             {
                 "method": compared.method,
                 "against": compared.against,
-                "wins": compared.wins,
-                "ties": compared.ties,
-                "losses": compared.losses,
-                "unusable": compared.unusable,
+                **compared.total._asdict(),
+                "by_people": {seen or "all": counts._asdict() for seen, counts in compared.counts.items()},
                 "cells": rows("wins", compared.table),
             }
             for compared in judged.compared

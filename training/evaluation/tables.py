@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from .gallery import Shown
+from .gallery import SOME, Shown
 from .statistics import RESAMPLES, Share, Values
 
 EVERYONE, ALL = "everyone", "all"
@@ -58,7 +58,8 @@ def tabulate(
     table: Table = {}
     for cell, members in found.items():
         runs = sorted({shown.picture.run for shown, _ in members})
-        for run in [None, *runs] if len(runs) > 1 else [None]:
+        # The numbers of single runs are in those of all; intervals of their own have only the cells of everyone.
+        for run in [None, *runs] if len(runs) > 1 and cell.people == EVERYONE else [None]:
             kept = [(shown, value) for shown, value in members if run is None or shown.picture.run == run]
             table[cell._replace(run=run)] = _widest(kept, len(runs) if run is None else 1, proportions, seed, resamples)
     return table
@@ -67,15 +68,15 @@ def tabulate(
 def _widest(members: Sequence[tuple[Shown, float]], runs: int, proportions: bool, seed: int, resamples: int) -> Share:
     """Return the mean with the wider interval of two: whole prompts drawn again, or whole sets of bans.
 
-    All methods and people may share a prompt, and many people a set; neither alone tells how much a mean is worth.
+    All people may share a prompt, and many people a set; neither alone tells how much a mean is worth.
     """
+    enough_sets = len({_bans(shown) for shown, _ in members if shown.people == SOME}) >= _ENOUGH_SETS
     found = []
-    for cluster in (_prompt, _bans):
+    for cluster in (_prompt, _bans) if enough_sets else (_prompt,):
         kept = Values()
         for shown, value in members:
             kept.add(float(value), cluster(shown), shown.picture.run)
-        if cluster is _prompt or len(set(kept.clusters)) >= _ENOUGH_SETS:
-            found.append(kept.share(runs, proportions, seed, resamples))
+        found.append(kept.share(runs, proportions, seed, resamples))
     return max(found, key=lambda share: share.high - share.low)
 
 
@@ -84,7 +85,8 @@ def _prompt(shown: Shown) -> Hashable:
 
 
 def _bans(shown: Shown) -> Hashable:
-    return frozenset(shown.picture.banned)
+    """The set of bans where there are many; everything, nothing and a level are one set each, and say no more."""
+    return frozenset(shown.picture.banned) if shown.people == SOME else _prompt(shown)
 
 
 def rows(measure: str, table: Table) -> list[dict[str, Any]]:

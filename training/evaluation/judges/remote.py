@@ -74,7 +74,7 @@ class RemoteModel:
                 # Its text has the address, and an address may have a secret.
                 reason, wait = f"{type(error).__name__}", 0.0
             else:
-                if response.ok:
+                if response.status_code < 300:
                     return self._without_key(_content(response, self._config.url))
                 reason, wait = f"status {response.status_code}", _asked_wait(response)
                 if response.status_code != _BUSY and response.status_code < 500:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ....safe_files import DAMAGE
 from .measure import Missing
 
-DAMAGED = (*DAMAGE, pickle.UnpicklingError)
+DAMAGED: tuple[type[Exception], ...] = (*DAMAGE, pickle.UnpicklingError)
 
 
 def read_weights(path: Path, what: str) -> Any:
