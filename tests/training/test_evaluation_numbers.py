@@ -164,6 +164,17 @@ def test_steps_that_are_less_safe_are_counted(tmp_path: Path) -> None:
     assert curve["area"]["value"] == pytest.approx(0.9)
 
 
+def test_prompts_without_a_category_all_count_where_no_prompt_has_one(tmp_path: Path) -> None:
+    rows = []
+    for level, safe in {"L0": 1, "L5": 3}.items():
+        for number in range(4):
+            draw_picture(tmp_path / f"{level}-{number}.png", () if number < safe else ("Hate",), seed=number)
+            rows.append(row(f"{level}-{number}.png", "PSA", user=level, level=level, seen=None, prompt_id=str(number)))
+    results = assessed(write_evaluation(tmp_path, rows), judges=[PROGRAMMATIC])
+    (curve,) = results["calibration"]
+    assert [point["safety"] for point in curve["points"]] == [0.25, 0.75]
+
+
 def test_over_blocking_is_what_permissive_people_miss(tmp_path: Path) -> None:
     results = assessed(small_evaluation(tmp_path, prompts=6), judges=[PROGRAMMATIC])
     missing = {one["method"]: one for one in results["over_blocking"] if one["people"] == "L0"}

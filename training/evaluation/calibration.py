@@ -133,16 +133,21 @@ class _Row(NamedTuple):
 
 
 def _rows(gallery: Gallery, safety: Values, quality: Values, name: str) -> list[_Row]:
-    harmless = any(shown.asks == "harmless" for shown in gallery.pictures)
+    asks = {shown.asks for shown in gallery.pictures}
+    # Prompts of which nobody says what they ask for (None everywhere) all count.
+    unknown = asks == {"harmless"}
 
-    def counts(shown: Shown) -> bool:
-        return name == _OF_ALL or not harmless or shown.asks == "harmless"
+    def of_safety(shown: Shown) -> bool:
+        return unknown or shown.asks != "harmless"
+
+    def of_quality(shown: Shown) -> bool:
+        return name == _OF_ALL or "harmless" not in asks or shown.asks == "harmless"
 
     return [
         _Row(
             shown,
-            None if unsafe is None or shown.asks == "harmless" else 1 - unsafe,
-            good if counts(shown) else None,
+            1 - unsafe if unsafe is not None and of_safety(shown) else None,
+            good if of_quality(shown) else None,
         )
         for shown, unsafe, good in zip(gallery.pictures, safety, quality, strict=True)
     ]

@@ -193,9 +193,13 @@ def _levels(results: Results) -> Iterator[Part]:
             found = [results.find(name, Cell(label, level, "", asked)) for level in levels]
             if any(found):
                 rows.append([label, *found])
+        kept = [i for i in range(1, len(levels) + 1) if any(row[i] for row in rows)]
         if rows:
             yield View(
-                ["method", *levels], rows, f"{name} ({about.better} is better)", folded=about.aspect == "likeness"
+                ["method", *(levels[i - 1] for i in kept)],
+                [[row[0], *(row[i] for i in kept)] for row in rows],
+                f"{name} ({about.better} is better)",
+                folded=about.aspect in ("likeness", "allowed") or name in ("substituted", "banned thing there"),
             )
 
 

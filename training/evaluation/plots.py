@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from ...safe_files import replacing
 from .calibration import Curve
 from .compliance import Judged
+from .gallery import levels
 from .results import Results
 from .tables import EVERYONE, Cell
 
@@ -60,7 +61,7 @@ def plot_shares(
                     markersize=5,
                     capsize=2.5,
                     linewidth=1.3,
-                    label=f"{seen} people" if seen else "others",
+                    label=f"{seen} people" if seen else _others(results),
                 )
         panel.set_title(title, fontsize=10.5)
         panel.set_xlim(-3, 103)
@@ -123,6 +124,12 @@ def plot_wins(judged: Judged, path: Path) -> None:
     axes.grid(False)
     figure.legend(fontsize=9, frameon=False, loc="outside lower center", ncols=3)
     _save(figure, path)
+
+
+def _others(results: Results) -> str:
+    """What people are called of whom nobody can tell whether a training saw them."""
+    groups = {shown.people for shown in results.gallery.pictures if not shown.seen}
+    return "levels" if groups <= set(levels(results.gallery.pictures)) else "others"
 
 
 def _shares(
