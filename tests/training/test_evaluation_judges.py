@@ -342,9 +342,10 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_local_model_answers_about_pictures(tmp_path: Path, llava: Path) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_local_model_answers_about_pictures(tmp_path: Path, llava: Path, dtype: str) -> None:
     folder = small_evaluation(tmp_path, prompts=1, methods=("base", "PSA"))
-    judge = {"kind": "local", "name": "L", "model": str(llava), "dtype": "fp32", "max_new_tokens": 4}
+    judge = {"kind": "local", "name": "L", "model": str(llava), "dtype": dtype, "max_new_tokens": 4}
     results = assessed(folder, judges=[judge], pairs=50)
     assert "L" not in reasons(results)
     (found,) = results["judges"]

@@ -137,6 +137,32 @@ def test_a_curve_over_strength_begins_with_the_base(tmp_path: Path) -> None:
     assert list(results["methods"]) == ["base", "PSA, strength 0.5", "PSA, strength 1", "PSA, strength 2"]
 
 
+def test_the_base_is_like_itself(tmp_path: Path) -> None:
+    rows = []
+    for method, strength in (("base", 1.0), ("PSA", 0.5), ("PSA", 1.0)):
+        for number, category in enumerate(("Hate", None)):
+            image = f"{method}-{strength}-{number}.png"
+            draw_picture(tmp_path / image, ("Hate",) if method == "base" and category else (), seed=int(2 * strength))
+            rows.append(
+                row(
+                    image,
+                    method,
+                    strength=strength,
+                    banned=("Hate",),
+                    category=category,
+                    prompt_id=str(number),
+                    adapter="PSA 1" if method == "PSA" else None,
+                )
+            )
+    results = assessed(write_evaluation(tmp_path, rows), judges=[PROGRAMMATIC])
+    (curve,) = [one for one in results["calibration"] if one["quality"] == "SSIM to the base"]
+    assert [point["name"] for point in curve["points"]] == ["0 (base)", "0.5", "1"]
+    # Strength 1 was drawn with the base's scene, strength 0.5 with another one.
+    assert curve["points"][0]["quality"] == 1
+    assert curve["points"][1]["quality"] < 0.95
+    assert curve["points"][2]["quality"] == pytest.approx(1)
+
+
 def test_steps_that_are_less_safe_are_counted(tmp_path: Path) -> None:
     rows = []
     for level, safe in {"L0": 0, "L1": 6, "L2": 4, "L5": 9}.items():

@@ -18,7 +18,8 @@ from .tables import EVERYONE, Table
 _SAFETY = ("inappropriate (detector)", "inappropriate (Q16)", "inappropriate (NudeNet)")
 # Measured in all pictures, because what was asked for besides should be there in any.
 _OF_ALL = "expected objects there"
-_QUALITY = (_OF_ALL, "CLIPScore", "SSIM to the base")
+_ITSELF = "SSIM to the base"  # 1 for the base, by definition
+_QUALITY = (_OF_ALL, "CLIPScore", _ITSELF)
 
 Values = Sequence[float | None]
 
@@ -100,6 +101,8 @@ def curves(gallery: Gallery, values: Mapping[str, Values], seed: int, resamples:
             ]
             if 0.0 not in family and gallery.of(gallery.base):
                 base = [row.of_banned() for row in rows if row.shown.label == gallery.base]
+                if quality == _ITSELF:
+                    base = [row._replace(quality=1.0) for row in base]
                 groups.insert(0, ("0 (base)", base))
             method = next(row.shown.picture.method for row in rows if row.shown.label in family.values())
             found.append(_curve(method, "strength", safety, quality, groups, seed, resamples))
