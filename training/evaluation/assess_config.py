@@ -1,7 +1,7 @@
 """What is measured in finished pictures, by what, and who judges: a section of the evaluation's configuration.
 
-Weights are never downloaded. A measure whose weights are not stated here, or not there, is left out, and the report says
-so.
+Weights are never downloaded. A measure whose weights are not stated here, or not there, is left out, and the report
+says so.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class FidSection(Section):
     """The Fréchet inception distance to real pictures (torchmetrics)."""
 
     reference: Path | None = Field(None, description="a folder of real pictures; without it there is no FID")
-    weights: Path | None = Field(
-        None, description="torch-fidelity's Inception weights (.pth), or a TorchScript model: bytes to features"
-    )
-    feature: Literal[64, 192, 768, 2048] = Field(2048, description="Inception's layer, by its size; 2048 is the paper's")
+    extractor: Literal["inception", "detector"] = Field("inception", description="detector: that of the miniature")
+    weights: Path | None = Field(None, description="for inception: torch-fidelity's weights (.pth)")
+    feature: Literal[64, 192, 768, 2048] = Field(2048, description="for inception: the layer; 2048 is the paper's")
     minimum: PositiveInt | None = Field(None, description="pictures a cell needs; by default twice the features")
+    resamples: PositiveInt = Field(20, ge=2, description="of the bootstrap; each takes seconds with 2048 features")
 
 
 class ClipSection(Section):
@@ -83,6 +83,7 @@ class RemoteJudge(Section):
     model: str
     key_variable: str | None = Field(None, description="the environment variable that holds the key; never the key")
     timeout: PositiveFloat = Field(60.0, description="seconds for one answer")
+    parallel: PositiveInt = Field(4, description="questions at a time")
     retries: NonNegativeInt = Field(5, description="after 429, 5xx, time-outs and broken connections")
     backoff: NonNegativeFloat = Field(1.0, description="seconds before the first retry, doubled with each")
     max_tokens: PositiveInt = 64
