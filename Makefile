@@ -7,7 +7,7 @@ COMFYUI := .runtime/comfyui
 TYPES := .runtime/types
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test demo venv runtime frontend browser types lint format screenshots benchmark benchmark-training clean
+.PHONY: test demo evaluate venv runtime frontend browser types lint format screenshots benchmark benchmark-training clean
 
 # One thread for each process: more threads than cores make small models many times slower.
 test: venv frontend browser types
@@ -15,6 +15,13 @@ test: venv frontend browser types
 
 demo: venv
 	$(BIN)/psa demo --comfyui $(COMFYUI) --output demo_output/levels.png
+
+# The whole protocol on the miniature. A process for each core, with one thread: small models are faster so. It goes on
+# where it was interrupted.
+evaluate: venv
+	OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true $(BIN)/python -m torch.distributed.run --standalone \
+	  --nproc_per_node "$$($(BIN)/python -c 'import os; print(os.cpu_count())')" \
+	  -m comfyui_psa.training evaluate evaluate-miniature
 
 venv: $(VENV)/.ready runtime
 

@@ -15,6 +15,7 @@ from .adapter_commands import convert
 from .compile_command import compile_command
 from .data_commands import check_data, encode
 from .errors import ComfyUIError, TrainingError
+from .evaluation_commands import evaluate
 from .miniature_commands import miniature_app
 from .profile_commands import profile_app, users
 from .train_commands import train
@@ -31,6 +32,7 @@ app.command()(convert)
 app.command("compile")(compile_command)
 app.command()(check_data)
 app.command()(encode)
+app.command()(evaluate)
 app.command()(train)
 app.command()(users)
 

@@ -1,4 +1,4 @@
-"""A real ComfyUI as an engine: starts its server with this pack, queues workflows over its API, fetches images."""
+"""A real ComfyUI as an engine: queues workflows over its API, fetches images; starts its server with this pack."""
 
 from __future__ import annotations
 
@@ -63,66 +63,28 @@ def prepare_base(base: Path) -> Path:
     return base
 
 
-class ComfyUIServer:
-    """A ComfyUI server in a process of its own; use it as a context manager.
+class ComfyUIClient:
+    """A ComfyUI that answers somewhere."""
 
-    ``comfyui`` is a folder with ComfyUI's ``main.py``, ``base`` the folder with models and output.
-    """
-
-    def __init__(self, comfyui: Path, base: Path, *options: str) -> None:
-        """Remember what to start; ``options`` go to ComfyUI's command line."""
-        self.comfyui = comfyui
-        self.base = base
-        self.options = options
-        self.log = base / "server.log"
-        self.url = ""
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> ComfyUIServer:
-        """Start the server and wait until it answers."""
-        check_comfyui(self.comfyui)
-        port = _free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        command = [
-            *(sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)),
-            *("--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"),
-            *("--disable-api-nodes", "--disable-auto-launch", *self.options),
-        ]
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command,
-                cwd=self.comfyui,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            )
-        deadline = time.monotonic() + _START_SECONDS
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.__exit__()
-                raise ComfyUIError(f"ComfyUI did not start; the end of {self.log}:\n{self.read_log()[-2000:]}")
-            time.sleep(0.25)
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        """Stop the server."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(20)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-
-    def read_log(self) -> str:
-        """Return everything that the server has printed."""
-        return self.log.read_text(encoding="utf-8", errors="replace")
+    def __init__(self, url: str) -> None:
+        """Talk to the server at ``url``, which is not asked yet."""
+        self.url = url.rstrip("/")
 
     def get(self, path: str, **params: str) -> Any:
         """Return the JSON answer to a GET request."""
         response = _http.get(f"{self.url}{path}", params=params, timeout=_REQUEST_SECONDS)
         response.raise_for_status()
         return response.json()
+
+    def post(self, path: str, body: Any) -> Any:
+        """Return the JSON answer to a POST request with a JSON body."""
+        response = _http.post(f"{self.url}{path}", json=body, timeout=_REQUEST_SECONDS)
+        response.raise_for_status()
+        return response.json()
+
+    def delete(self, path: str) -> None:
+        """Send a DELETE request."""
+        _http.delete(f"{self.url}{path}", json={}, timeout=_REQUEST_SECONDS).raise_for_status()
 
     def run(
         self, prompt: Prompt, workflow: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None
@@ -157,11 +119,68 @@ class ComfyUIServer:
         response.raise_for_status()
         return Image(entry["filename"], response.content)
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
+        """Return whether a ComfyUI answers there."""
         try:
             return _http.get(f"{self.url}/system_stats", timeout=_REQUEST_SECONDS).ok
-        except requests.ConnectionError:
+        except requests.RequestException:
             return False
+
+
+class ComfyUIServer(ComfyUIClient):
+    """A ComfyUI server in a process of its own; use it as a context manager.
+
+    ``comfyui`` is a folder with ComfyUI's ``main.py``, ``base`` the folder with models and output.
+    """
+
+    def __init__(self, comfyui: Path, base: Path, *options: str) -> None:
+        """Remember what to start; ``options`` go to ComfyUI's command line."""
+        super().__init__("")
+        self.comfyui = comfyui
+        self.base = base
+        self.options = options
+        self.log = base / "server.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> ComfyUIServer:
+        """Start the server and wait until it answers."""
+        check_comfyui(self.comfyui)
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [
+            *(sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)),
+            *("--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"),
+            *("--disable-api-nodes", "--disable-auto-launch", *self.options),
+        ]
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                cwd=self.comfyui,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )
+        deadline = time.monotonic() + _START_SECONDS
+        while not self.answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.__exit__()
+                raise ComfyUIError(f"ComfyUI did not start; the end of {self.log}:\n{self.read_log()[-2000:]}")
+            time.sleep(0.25)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Stop the server."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def read_log(self) -> str:
+        """Return everything that the server has printed."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
 
 
 def _wait(connection: websocket.WebSocket, prompt_id: str) -> None:

@@ -10,7 +10,7 @@ import difflib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -32,6 +32,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+S = TypeVar("S", bound="Section")
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -256,25 +258,34 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         TrainingError: the file is missing or no TOML, or a key or value is wrong; every problem is named.
     """
-    values = read_toml(path)
+    return load_section(TrainConfig, "a training configuration", path, overrides)
+
+
+def load_section(kind: type[S], what: str, path: Path, overrides: Sequence[str] = (), evaluations: bool = False) -> S:
+    """Read a configuration of a kind, which messages call ``what``; see ``load_config``."""
+    values = read_toml(path, evaluations)
     for override in overrides:
         _override(values, override)
     try:
-        return TrainConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        problems = "\n".join(f"  {_problem(details)}" for details in error.errors())
-        raise TrainingError(f"{path} is not a training configuration:\n{problems}") from None
+        problems = "\n".join(f"  {_problem(kind, details)}" for details in error.errors())
+        raise TrainingError(f"{path} is not {what}:\n{problems}") from None
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file, or a ready configuration by its name; raise TrainingError if it is missing or damaged."""
+def read_toml(path: Path, evaluations: bool = False) -> dict[str, Any]:
+    """Read a TOML file, or a ready configuration by its name; raise TrainingError if it is missing or damaged.
+
+    The message then names the ready ones: those of trainings, or of ``evaluations``.
+    """
     ready = CONFIGS / f"{path.stem}.toml"
     if not path.is_file() and path.parent == Path() and ready.is_file():
         path = ready
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        names = ", ".join(sorted(config.stem for config in CONFIGS.glob("*.toml")))
+        stems = sorted(config.stem for config in CONFIGS.glob("*.toml"))
+        names = ", ".join(stem for stem in stems if stem.startswith("evaluate-") == evaluations)
         raise TrainingError(f"There is no configuration {path}. Name a TOML file, or one of {names}.") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise TrainingError(f"{path} cannot be read as TOML ({error}). Correct it and try again.") from None
@@ -299,13 +310,13 @@ def _toml_value(text: str) -> Any:
         return text  # a string without quotes
 
 
-def _problem(details: Mapping[str, Any]) -> str:
+def _problem(kind: type[BaseModel], details: Mapping[str, Any]) -> str:
     location = tuple(part for part in details["loc"] if isinstance(part, str))
     key = ".".join(location)
     if details["type"] == "extra_forbidden":
-        known = _keys_beside(location)
+        known = _keys_beside(kind, location)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        elsewhere = [other for other in _all_keys() if other.rsplit(".", 1)[-1] == location[-1]]
+        elsewhere = [other for other in _all_keys(kind) if other.rsplit(".", 1)[-1] == location[-1]]
         beside = [".".join((*location[:-1], name)) for name in near]
         # A key that is right but stands in the wrong section is meant before one that only looks like it.
         meant = [*elsewhere, *beside]
@@ -317,28 +328,33 @@ def _problem(details: Mapping[str, Any]) -> str:
     return f"{key}: {message} (found {details['input']!r})." if key else f"{message}."
 
 
-def _section_at(location: Sequence[str]) -> type[BaseModel]:
-    section: type[BaseModel] = TrainConfig
-    for name in location:
-        section = _section_type(section.model_fields[name].annotation) or section
-    return section
+def _keys_beside(kind: type[BaseModel], location: Sequence[str]) -> list[str]:
+    sections = [kind]
+    for name in location[:-1]:
+        # Of several kinds in one place, the location also has the name of the one that was meant.
+        tagged = [section for section in sections if _default(section, "kind") == name]
+        sections = tagged or [inner for section in sections for inner in _sections_in(section, name)]
+    return list(dict.fromkeys(key for section in sections for key in section.model_fields))
 
 
-def _section_type(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+def _default(section: type[BaseModel], name: str) -> Any:
+    return section.model_fields[name].default if name in section.model_fields else None
 
 
-def _keys_beside(location: Sequence[str]) -> list[str]:
-    return list(_section_at(location[:-1]).model_fields)
+def _sections_in(section: type[BaseModel], name: str) -> list[type[BaseModel]]:
+    return _section_types(section.model_fields[name].annotation) if name in section.model_fields else []
 
 
-def _all_keys(section: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[str]:
+def _section_types(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for inner in get_args(annotation) for found in _section_types(inner)]
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
-        inner = _section_type(field.annotation)
-        if inner is None:
+        inner = _section_types(field.annotation)
+        if not inner:
             yield f"{prefix}{name}"
-        else:
-            yield from _all_keys(inner, f"{prefix}{name}.")
+        for found in inner:
+            yield from _all_keys(found, f"{prefix}{name}.")

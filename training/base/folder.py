@@ -145,36 +145,65 @@ class FolderSource:
 
     def _load_diffusers(self, part: str, kind: type[T], dtype: torch.dtype) -> T:
         weights = _find_weights(self.path / part, _stem_of(part))
-        return self._load(part, kind, weights, torch_dtype=dtype)
+        return _load(self.path / part, kind, weights, torch_dtype=dtype)
 
     def _load_tower(self, name: str) -> TextTower:
         kind = _TEXT_MODELS[self._class_of(name)]
         weights = _find_weights(self.path / name, _stem_of(name))
-        model = self._load(name, kind, weights, dtype=torch.float32)
+        model = _load(self.path / name, kind, weights, dtype=torch.float32)
         folder = self.path / _tokenizer_of(name)
         tokenizer = _guarded(folder, lambda: CLIPTokenizer.from_pretrained(folder, local_files_only=True))
         return TextTower(tokenizer, model)
 
-    def _load(self, part: str, kind: Any, weights: _Weights, **options: Any) -> Any:
-        folder = self.path / part
-        model, info = _guarded(
-            folder,
-            lambda: kind.from_pretrained(
-                folder,
-                local_files_only=True,
-                variant=weights.variant,
-                use_safetensors=weights.safetensors,
-                output_loading_info=True,
-                **options,
-            ),
+
+def is_unet_folder(path: Path) -> bool:
+    """Return whether a folder holds a UNet alone, and no whole pipeline."""
+    return (path / "config.json").is_file() and not (path / INDEX).is_file()
+
+
+def unet_files(folder: Path) -> list[Path]:
+    """Return the files that a UNet is loaded from; raise BaseModelError if there are no weights."""
+    return [folder / "config.json", *_find_weights(folder, _DIFFUSERS_WEIGHTS).files]
+
+
+def load_unet_folder(folder: Path, dtype: torch.dtype | None) -> UNet2DConditionModel:
+    """Load a UNet from a folder of its own, frozen, each weight as ``dtype``; None: on the meta device, empty.
+
+    Raises:
+        BaseModelError: it is no UNet, or its weights are damaged or missing.
+    """
+    config = _read_json(folder / "config.json")
+    if config.get("_class_name") != UNet2DConditionModel.__name__:
+        raise BaseModelError(
+            f"{folder} holds a {config.get('_class_name')}; expected a {UNet2DConditionModel.__name__}, or a whole "
+            f"diffusers folder with {INDEX}. Name another folder."
         )
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise BaseModelError(
-                f"{folder} lacks {len(missing)} of the weights that its config.json asks for ({missing[0]}, ...). "
-                "Get the base model again."
-            )
-        return model.requires_grad_(False).eval()
+    weights = _find_weights(folder, _DIFFUSERS_WEIGHTS)
+    if dtype is None:
+        with torch.device("meta"):
+            return _guarded(folder, lambda: UNet2DConditionModel.from_config(config)).requires_grad_(False).eval()
+    return _load(folder, UNet2DConditionModel, weights, torch_dtype=dtype)
+
+
+def _load(folder: Path, kind: Any, weights: _Weights, **options: Any) -> Any:
+    model, info = _guarded(
+        folder,
+        lambda: kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            variant=weights.variant,
+            use_safetensors=weights.safetensors,
+            output_loading_info=True,
+            **options,
+        ),
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise BaseModelError(
+            f"{folder} lacks {len(missing)} of the weights that its config.json asks for ({missing[0]}, ...). "
+            "Get the base model again."
+        )
+    return model.requires_grad_(False).eval()
 
 
 def _stem_of(part: str) -> str:

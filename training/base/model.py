@@ -82,9 +82,13 @@ class BaseModel:
         """Load the VAE onto ``device``."""
         return ImageCoder(self._source.load_vae(), device)
 
+    def text_towers(self) -> list[TextTower]:
+        """Load the text encoders, with their tokenizers, on the CPU."""
+        return self._source.load_text()
+
     def text_encoder(self, device: torch.device) -> TextEncoder:
         """Load the text encoders onto ``device``."""
-        return TextEncoder(self._source.load_text(), self.is_sdxl, device)
+        return TextEncoder(self.text_towers(), self.is_sdxl, device)
 
     def noise_scheduler(self) -> DDPMScheduler:
         """Return the noise schedule of the model's training, and what it predicts."""

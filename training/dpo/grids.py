@@ -9,20 +9,16 @@ import gc
 from collections.abc import Mapping, Sequence
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from ...adapter import UserEffect
-from ...line_breaks import wrapped
 from ..base import BaseModel, TextEmbedding
 from ..config import ValidationSection
-from ..lettering import font
+from ..picture_grid import picture_grid
+from ..sampling import denoise, whole_picture
 from .inputs import Text, UNetInputs, guided_inputs
 from .policy import Policy
-
-_MARGIN, _GAP, _SIDE, _LINE = 20, 10, 200, 21
-_SMALLEST_TILE, _LARGEST_TILE = 160, 384
-_INK, _PAPER = "#222222", "white"
 
 
 @torch.no_grad()
@@ -61,7 +57,7 @@ def draw_grid(
             latents.append(_sample(base, policy, inputs, noise, config, resolution).cpu())
     pictures = _decode(base, latents, device)
     rows = [pictures[start : start + len(columns)] for start in range(0, len(pictures), len(columns))]
-    return _sheet(rows, list(columns), captions)
+    return picture_grid(rows, list(columns), captions)
 
 
 def _text(embedding: TextEmbedding, device: torch.device) -> Text:
@@ -73,19 +69,10 @@ def _sample(
     base: BaseModel, policy: Policy, inputs: UNetInputs, noise: Tensor, config: ValidationSection, resolution: int
 ) -> Tensor:
     """Return latents ``[1, channels, height, width]`` for one prompt and one user."""
-    sampler = base.sampler()  # it remembers earlier steps, so each picture has its own
-    sampler.set_timesteps(config.grid_steps, device=noise.device)
-    latents = noise * sampler.init_noise_sigma
-    # SDXL: a picture of this size that was never cropped.
-    sizes = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], device=noise.device)
-    hidden, added = inputs.text.hidden.to(policy.unet.dtype), inputs.text.added(sizes.float(), policy.unet.dtype)
+    steps, scale = config.grid_steps, config.grid_guidance_scale
+    sizes = whole_picture(resolution, resolution, noise.device)
     with policy.applied(inputs):
-        for timestep in sampler.timesteps:
-            scaled = sampler.scale_model_input(latents.repeat(2, 1, 1, 1), timestep).to(policy.unet.dtype)
-            without, with_prompt = policy.unet(scaled, timestep, hidden, **added).sample.float().chunk(2)
-            guided = without + config.grid_guidance_scale * (with_prompt - without)
-            latents = sampler.step(guided, timestep, latents).prev_sample
-    return latents
+        return denoise(policy.unet, base.sampler(), inputs.text, noise, steps, scale, sizes)
 
 
 def _decode(base: BaseModel, latents: Sequence[Tensor], device: torch.device) -> list[Image.Image]:
@@ -99,36 +86,3 @@ def _decode(base: BaseModel, latents: Sequence[Tensor], device: torch.device) ->
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return pictures
-
-
-def _sheet(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], captions: Sequence[str]) -> Image.Image:
-    """Lay pictures out: labels above the columns, captions left of the rows."""
-    rows = [[_tile(picture) for picture in row] for row in rows]
-    tile = rows[0][0].width if rows and rows[0] else _SMALLEST_TILE
-    plain, bold = font(15), font(15, bold=True)
-    headings = [wrapped(label, bold, tile, lines=2) for label in labels]
-    top = _MARGIN + _LINE * max((len(heading) for heading in headings), default=0) + _GAP
-    left = _MARGIN + _SIDE + _GAP
-    width = left + len(labels) * (tile + _GAP) - _GAP + _MARGIN
-    height = top + len(rows) * (tile + _GAP) - _GAP + _MARGIN
-    sheet = Image.new("RGB", (width, height), _PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for i, heading in enumerate(headings):
-        middle, bottom = left + i * (tile + _GAP) + tile / 2, top - _GAP
-        for j, line in enumerate(reversed(heading)):
-            draw.text((middle, bottom - j * _LINE), line, _INK, bold, anchor="md")
-    for i, (row, caption) in enumerate(zip(rows, captions, strict=True)):
-        y = top + i * (tile + _GAP)
-        for j, line in enumerate(wrapped(caption or "(empty)", plain, _SIDE, lines=tile // _LINE)):
-            draw.text((_MARGIN, y + j * _LINE), line, _INK, plain)
-        for j, picture in enumerate(row):
-            sheet.paste(picture, (left + j * (tile + _GAP), y))
-    return sheet
-
-
-def _tile(picture: Image.Image) -> Image.Image:
-    """Shrink large pictures; enlarge tiny ones in whole pixels, so that nothing is made up."""
-    if picture.width > _LARGEST_TILE:
-        return picture.resize((_LARGEST_TILE, _LARGEST_TILE), Image.Resampling.LANCZOS)
-    factor = -(-_SMALLEST_TILE // picture.width)
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

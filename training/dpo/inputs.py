@@ -25,6 +25,12 @@ class Text(NamedTuple):
         """Return it several times, one behind the other."""
         return Text(self.hidden.repeat(times, 1, 1), None if self.pooled is None else self.pooled.repeat(times, 1))
 
+    def followed_by(self, other: Text) -> Text:
+        """Return this text and another one of the same kind behind it."""
+        if self.pooled is None or other.pooled is None:
+            return Text(torch.cat((self.hidden, other.hidden)))
+        return Text(torch.cat((self.hidden, other.hidden)), torch.cat((self.pooled, other.pooled)))
+
     def added(self, time_ids: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
         """Return what a UNet takes besides ``hidden``, in ``dtype``; ``time_ids`` ``[pictures, 6]`` are repeated.
 
@@ -59,7 +65,7 @@ def guided_inputs(effect: UserEffect | None, negative: Text, positive: Text, str
         strength: how much of the effect; 0 gives the base.
     """
     if effect is None:
-        return UNetInputs(_joined(negative, positive))
+        return UNetInputs(negative.followed_by(positive))
     if effect.text is not None:
         positive = positive.of_users(effect.text, strength)
     vectors: tuple[Tensor, ...] = ()
@@ -70,10 +76,4 @@ def guided_inputs(effect: UserEffect | None, negative: Text, positive: Text, str
         SiteGate(torch.cat((g.scores, g.scores)), torch.cat((torch.zeros_like(g.values), strength * g.values)), g.sink)
         for g in effect.gated or ()
     )
-    return UNetInputs(_joined(negative, positive), vectors, gates)
-
-
-def _joined(first: Text, second: Text) -> Text:
-    if first.pooled is None or second.pooled is None:
-        return Text(torch.cat((first.hidden, second.hidden)))
-    return Text(torch.cat((first.hidden, second.hidden)), torch.cat((first.pooled, second.pooled)))
+    return UNetInputs(negative.followed_by(positive), vectors, gates)

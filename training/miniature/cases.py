@@ -68,10 +68,33 @@ def draw_cases(per_cell: int, training: int, seed: int, trial: int = 0) -> list[
     ]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A prompt that belongs to nobody. ``category`` and ``mention`` are None for a harmless one."""
+
+    number: int
+    caption: str
+    object: str
+    category: Category | None
+    mention: Mention | None
+
+
+def draw_prompts(count: int, seed: int) -> list[Asked]:
+    """Draw prompts; each category named, each implied, and two harmless ones take turns, so 16 have all of them."""
+    kinds: list[tuple[Category | None, Mention | None]] = list(itertools.product(CATEGORIES, MENTIONS))
+    turns = itertools.islice(itertools.cycle([*kinds, (None, None), (None, None)]), count)
+    return [_prompt(number, category, mention, seed) for number, (category, mention) in enumerate(turns)]
+
+
+def noise_seed(case: Case) -> int:
+    """Return the seed of a case's initial noise."""
+    return 10_000 + case.number
+
+
 def noise(cases: Sequence[Case]) -> Tensor:
     """Return the initial noise of cases, ``[cases, channels, 12, 12]``; it depends on their numbers alone."""
     shape = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(10_000 + c.number)) for c in cases])
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(noise_seed(c))) for c in cases])
 
 
 def _people(kind: Group, unseen: bool, training: int, seed: int) -> list[Profile]:
@@ -110,7 +133,16 @@ def _case(
     mention: Mention | None,
     seed: int,
 ) -> Case:
-    rng = np.random.default_rng((seed, 32, number))
+    text, shown = _caption((seed, 32, number), category, mention)
+    return Case(number, kind, unseen, person, text, shown, category, mention)
+
+
+def _prompt(number: int, category: Category | None, mention: Mention | None, seed: int) -> Asked:
+    return Asked(number, *_caption((seed, 33, number), category, mention), category, mention)
+
+
+def _caption(seed: Sequence[int], category: Category | None, mention: Mention | None) -> tuple[str, str]:
+    """Return a caption, and the object in it."""
+    rng = np.random.default_rng(seed)
     scene = draw_scene(rng, (category,) if category else ())
-    text = caption(scene, rng, mention or "named")
-    return Case(number, kind, unseen, person, text, scene.object or "", category, mention)
+    return caption(scene, rng, mention or "named"), scene.object or ""

@@ -17,6 +17,7 @@ from transformers import CLIPTextModel
 
 from ...safe_files import DAMAGE, replacing
 from ..errors import TrainingError
+from ..evaluation.statistics import share
 from . import SEED, reading
 from . import autoencoder as autoencoder_training
 from . import base as base_training
@@ -30,7 +31,6 @@ from .corpus import make_corpus
 from .detector import Detector, load_detector, measure_detector, save_detector, train_detector
 from .fitting import Plan
 from .reading import train_text_model
-from .results import share
 from .sampling import GUIDANCE_SCALE, STEPS, Painter
 from .tokenizer import write_tokenizer
 from .world import draw_scene, random_category

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-from scipy.stats import binomtest, bootstrap
-
+from ..evaluation.statistics import Share, Values, in_words
 from .cases import Case
 from .evaluation import Outcome
 from .people import banned
-
-_RESAMPLES = 2000
 
 # The measures, in the order in which they are shown.
 MEASURES = ("suppressed", "clean", "substituted", "kept", "object")
@@ -35,16 +31,6 @@ _SUMMARY = (
 
 Outcomes = Sequence[Outcome]
 Measured = Mapping[str, float]
-
-
-class Share(NamedTuple):
-    """A share of pictures (or a difference of two) with its 95% interval, and the shares of single runs."""
-
-    value: float
-    low: float
-    high: float
-    pictures: int
-    runs: tuple[float, ...] = ()
 
 
 class Cell(NamedTuple):
@@ -84,39 +70,18 @@ def tabulate_likeness(runs: Sequence[Sequence[float]], cases: Sequence[Case]) ->
 
 
 def _tabulate(runs: Sequence[Sequence[tuple[Case, Measured]]], proportions: bool = True) -> Table:
-    table: dict[Cell, dict[str, _Values]] = {}
+    table: dict[Cell, dict[str, Values]] = {}
     for number, run in enumerate(runs):
         for case, measured in run:
             cell = Cell(case.group, "unseen" if case.unseen else "seen", case.cell)
             # People with the same bans, and pictures of the same case, tell less than as many independent ones.
             cluster: Hashable = banned(case.person) if case.group == "some" else case.number
             for name, value in measured.items():
-                table.setdefault(cell, {}).setdefault(name, _Values()).add(float(value), cluster, number)
+                table.setdefault(cell, {}).setdefault(name, Values()).add(float(value), cluster, number)
     return {
         cell: {name: found.share(len(runs), proportions) for name, found in values.items()}
         for cell, values in table.items()
     }
-
-
-class _Values:
-    """The values of a measure in a cell, with the cluster and the run of each."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-        self.clusters: list[Hashable] = []
-        self.runs: list[int] = []
-
-    def add(self, value: float, cluster: Hashable, run: int) -> None:
-        self.values.append(value)
-        self.clusters.append(cluster)
-        self.runs.append(run)
-
-    def share(self, runs: int, proportions: bool) -> Share:
-        found = share(self.values, self.clusters, proportions=proportions)
-        if runs < 2:
-            return found
-        values, numbers = np.array(self.values), np.array(self.runs)
-        return found._replace(runs=tuple(float(values[numbers == run].mean()) for run in range(runs)))
 
 
 def _measured(outcome: Outcome) -> Measured:
@@ -128,42 +93,6 @@ def _measured(outcome: Outcome) -> Measured:
     else:
         found = {"kept": outcome.prompted}
     return {**found, "object": outcome.object_kept}
-
-
-def share(
-    values: Sequence[float], clusters: Sequence[Hashable] | None = None, seed: int = 0, proportions: bool = True
-) -> Share:
-    """Return the mean of values and its 95% interval.
-
-    Whole clusters are drawn again (percentile bootstrap); by default every value is one. Where all values are the same
-    there is nothing to draw. For ``proportions`` of 0 or 1 the interval then is Clopper and Pearson's for as many
-    clusters; for other values it is the value itself.
-    """
-    array = np.asarray(values, dtype=float)
-    names = list(range(len(array))) if clusters is None else list(clusters)
-    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
-    index = np.array([places[name] for name in names])
-    sums, counts = np.bincount(index, array), np.bincount(index)
-    mean = float(array.mean())
-    if proportions and np.ptp(array) == 0 and mean in (0.0, 1.0):
-        exact = binomtest(round(mean * len(sums)), len(sums)).proportion_ci()
-        return Share(mean, float(exact.low), float(exact.high), len(array))
-    if np.ptp(sums / counts) == 0:
-        return Share(mean, mean, mean, len(array))
-    interval = bootstrap(
-        (sums, counts),
-        _ratio,
-        n_resamples=_RESAMPLES,
-        method="percentile",
-        paired=True,
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Share(mean, float(interval.low), float(interval.high), len(array))
-
-
-def _ratio(sums: np.ndarray, counts: np.ndarray, axis: int = -1) -> np.ndarray:
-    return sums.sum(axis) / counts.sum(axis)
 
 
 def to_markdown(tables: Mapping[str, Table], measures: Sequence[str] = MEASURES) -> str:
@@ -189,14 +118,6 @@ def summarise(shares: Mapping[str, Table], alike: Mapping[str, Table]) -> str:
         ]
         lines.append(f"| {method} | {' | '.join(in_words(share) if share else '' for share in found)} |")
     return "\n".join(lines) + "\n"
-
-
-def in_words(value: Share) -> str:
-    """Return "93.3 (91.0 to 95.1)", and the least and the largest of several runs behind it."""
-    text = f"{100 * value.value:.1f} ({100 * value.low:.1f} to {100 * value.high:.1f})"
-    if value.runs:
-        text += f", runs {100 * min(value.runs):.1f} to {100 * max(value.runs):.1f}"
-    return text
 
 
 def detector_line(accuracies: Mapping[str, Mapping[str, float]]) -> str:

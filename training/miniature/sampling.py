@@ -13,6 +13,7 @@ from ...adapter import UserEffect, find_sites
 from ..base import open_base
 from ..dpo.attachment import Attachment
 from ..dpo.inputs import Text, guided_inputs
+from ..sampling import denoise
 from .pixels import to_images, to_pixels
 
 STEPS = 10
@@ -72,15 +73,10 @@ class Painter:
             Text(self._encode(names).to(self._device)) for names in (negative or [""] * len(prompts), prompts)
         )
         inputs = guided_inputs(people, without, asked, strength)
-        sampler = self.base.sampler()
-        sampler.set_timesteps(steps)
-        latents = noise.to(self._device) * sampler.init_noise_sigma
         with self._attachment.applied(inputs.vectors, inputs.gates):
-            for timestep in sampler.timesteps:
-                scaled = sampler.scale_model_input(latents.repeat(2, 1, 1, 1), timestep)
-                unguided, with_prompt = self._unet(scaled, timestep, inputs.text.hidden).sample.chunk(2)
-                guided = unguided + GUIDANCE_SCALE * (with_prompt - unguided)
-                latents = sampler.step(guided, timestep, latents)[0]
+            latents = denoise(
+                self._unet, self.base.sampler(), inputs.text, noise.to(self._device), steps, GUIDANCE_SCALE
+            )
         return to_images(self._coder.decode(latents))
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from comfyui_psa.profiles import CATEGORIES, Profile
+from comfyui_psa.training.evaluation.statistics import share
 from comfyui_psa.training.miniature.cases import Case
 from comfyui_psa.training.miniature.detector import Sighting
 from comfyui_psa.training.miniature.evaluation import Outcome
 from comfyui_psa.training.miniature.people import with_set
-from comfyui_psa.training.miniature.results import Cell, differences, share, tabulate, to_json, to_markdown
+from comfyui_psa.training.miniature.results import Cell, differences, tabulate, to_json, to_markdown
 
 
 def outcome(

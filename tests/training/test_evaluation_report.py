@@ -1,0 +1,205 @@
+"""The report: its page, its Markdown and its numbers, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from evaluation_testing import BARE, PROGRAMMATIC, assessed, cell, draw_picture, row, small_evaluation, write_evaluation
+from pydantic import ValidationError
+from rich.progress import Progress
+
+from comfyui_psa.training.errors import DataError, TrainingError
+from comfyui_psa.training.evaluation.assess import assess
+from comfyui_psa.training.evaluation.assess_config import AssessSettings
+from comfyui_psa.training.evaluation.manifest import write_manifest
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to, its headings and its cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.headings: list[str] = []
+        self.cells: list[str] = []
+        self.ids: set[str] = set()
+        self._tag = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._tag = tag
+        for name, value in attrs:
+            if name in ("src", "href", "data", "action", "srcset", "poster"):
+                self.addresses.append(value or "")
+            if name == "id":
+                self.ids.add(value or "")
+
+    def handle_data(self, data: str) -> None:
+        if self._tag == "h2" and data.strip():
+            self.headings.append(data.strip())
+        if self._tag in ("td", "th") and data.strip():
+            self.cells.append(data.strip())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that was assessed by the detector."""
+    folder = small_evaluation(tmp_path_factory.mktemp("run"), methods=("base", "PSA", "<b>static</b> | x"))
+    assessed(
+        folder,
+        judges=[PROGRAMMATIC],
+        pairs=20,
+        title="PSA & others",
+        facts={"Seeds": "0 <1>"},
+        published={"data_set": "I2P", "base": "SD1.5"},
+    )
+    return folder
+
+
+def test_the_page_asks_nobody_for_anything(folder: Path) -> None:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
+    assert {address[1:] for address in page.addresses if address.startswith("#")} <= page.ids
+    assert "@import" not in text
+    assert "url(" not in text
+    assert "<script" not in text
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+
+
+def test_the_page_has_all_chapters_and_shows_names_as_they_are(folder: Path) -> None:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.headings == [
+        "At a glance",
+        "Personal compliance",
+        "Which picture is better",
+        "Safety against quality",
+        "Levels",
+        "Over-blocking",
+        "Beside the paper",
+        "Pictures",
+        "What was left out",
+        "Judges",
+        "Settings",
+        "All numbers",
+    ]
+    assert "<b>" not in text
+    assert "<b>static</b> | x" in page.cells
+    assert "PSA &amp; others" in text
+    assert "0 <1>" in page.cells
+    assert "In every case all methods had the same base, prompt, seed" in text
+
+
+def test_the_markdown_names_its_figures(folder: Path) -> None:
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    figures = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert len(figures) >= 6
+    for name in figures:
+        with PIL.Image.open(folder / name) as image:
+            assert min(image.size) > 100
+    # A method's name does not break a table.
+    for line in text.splitlines():
+        if line.startswith("| <b>static</b>"):
+            assert "<b>static</b> \\| x" in line
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") - line.count("\\|") for line in rows} <= set(range(3, 12))
+
+
+def test_the_page_and_the_numbers_agree(folder: Path) -> None:
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    found = cell(results, "passes (detector)", "PSA")
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    words = f"{100 * found['value']:.1f} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+    assert f"| PSA | {words}" in text or f" | {words} |" in text
+    assert results["settings"]["judges"][0]["kind"] == "programmatic"
+    assert {one["measure"] for one in results["measures"]} == {one["measure"] for one in results["cells"]}
+
+
+def test_published_numbers_are_marked_and_only_of_the_same_data_set(folder: Path, tmp_path: Path) -> None:
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "| SLD | 18.2 | published |" in text
+    assert "| PSA L5 | 11.9 | published |" in text
+    # The detector's shares are no shares by Q16 or NudeNet: nothing of ours stands beside them.
+    assert "measured here" not in text
+    other = small_evaluation(tmp_path / "a", prompts=1)
+    assessed(other, published={"data_set": "COCO-10k", "base": "SDXL"})
+    coco = (other / "report.md").read_text(encoding="utf-8")
+    assert "| PSA L5 | 34.15 | 34.30 | published |" in coco
+    assessed(other, nudenet={"enabled": True}, published={"data_set": "Sage unseen", "base": "SD1.5"})
+    sage = (other / "report.md").read_text(encoding="utf-8")
+    assert re.search(r"\| PSA L5 \| 0\.0 \(.*\) \(NudeNet\) \|  \|  \| measured here \|", sage)
+    assert re.search(r"\| PSA \|  \| 87\.4 \|  \| published \|", sage)
+    assessed(other)
+    assert "published" not in (other / "report.md").read_text(encoding="utf-8")
+
+
+def test_unequal_settings_are_said(tmp_path: Path) -> None:
+    rows = []
+    for method, steps in (("base", 10), ("other", 20)):
+        draw_picture(tmp_path / f"{method}.png")
+        rows.append(row(f"{method}.png", method, steps=steps))
+    assessed(write_evaluation(tmp_path, rows))
+    assert "Not equal: " in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_unreadable_pictures_are_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+    folder = small_evaluation(tmp_path, prompts=2)
+    names = [f"pictures/PSA-{level}-0.png" for level in ("L0", "L1", "L5")]
+    (folder / names[0]).write_bytes(b"no picture")
+    (folder / names[1]).unlink()
+    whole = (folder / names[2]).read_bytes()
+    (folder / names[2]).write_bytes(whole[: len(whole) // 2])
+    results = assessed(folder, judges=[PROGRAMMATIC], pairs=20)
+    assert set(results["unreadable"]) == set(names)
+    assert results["unreadable"][names[1]] == "it is not there"
+    assert results["pictures"] == 3 * 12 - 3
+    assert cell(results, "passes (detector)", "PSA")["pictures"] == 9
+    for report in ("report.html", "report.md"):
+        text = (folder / report).read_text(encoding="utf-8")
+        assert "3 pictures could not be read" in text
+        assert names[1] in text
+
+
+def test_an_empty_manifest_and_one_without_pictures_are_errors(tmp_path: Path) -> None:
+    def refused(folder: Path) -> str:
+        with pytest.raises(DataError) as error:
+            assess(folder, AssessSettings.model_validate(BARE), Progress(disable=True))
+        assert not (folder / "report.html").exists()
+        return str(error.value)
+
+    assert "has no manifest.parquet" in refused(tmp_path)
+    write_manifest(tmp_path, [])
+    assert "names no picture" in refused(tmp_path)
+    write_evaluation(tmp_path, [row("a.png"), row("b.png", prompt_id="q")])
+    message = refused(tmp_path)
+    assert "None of the 2 pictures" in message
+    assert "a.png: it is not there" in message
+    draw_picture(tmp_path / "a.png")
+    (tmp_path / "users.jsonl").write_text('{"user": "u", "text": "x"}\n{"user"', encoding="utf-8")
+    assert "users.jsonl, line 2" in refused(tmp_path)
+
+
+def test_without_the_base_there_is_still_a_report(tmp_path: Path) -> None:
+    folder = small_evaluation(tmp_path, prompts=1, methods=("PSA", "static"))
+    results = assessed(folder, judges=[PROGRAMMATIC], pairs=10)
+    assert results["judges"][0]["compared"] == []
+    results = assessed(folder, judges=[PROGRAMMATIC], pairs=10, against=["static"])
+    (compared,) = results["judges"][0]["compared"]
+    assert (compared["method"], compared["against"]) == ("PSA", "static")
+
+
+def test_settings_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="two judges have the same name"):
+        AssessSettings.model_validate({"judges": [PROGRAMMATIC, PROGRAMMATIC]})
+    with pytest.raises(ValidationError, match="extra"):
+        AssessSettings.model_validate({"fids": {}})
+    folder = small_evaluation(tmp_path, prompts=1, methods=("base",))
+    with pytest.raises(TrainingError, match='device = "abacus"'):
+        assessed(folder, device="abacus")

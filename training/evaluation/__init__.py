@@ -1,0 +1,1 @@
+"""What adapters and other methods do, measured: pictures, measures, judges, report."""

@@ -1,0 +1,178 @@
+"""Measures finished pictures, lets judges look at them, and writes the report."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from ...safe_files import DAMAGE, replacing
+from ..errors import TrainingError
+from ..miniature.results import detector_line
+from .assess_config import AssessSettings, ProgrammaticJudge
+from .calibration import Values, curves, over_blocking
+from .compliance import judge_all
+from .gallery import Gallery, Shown, open_gallery
+from .judges import make_judges
+from .measures import LeftOut, Measure, Missing, make_fid, make_measures
+from .report import write_report
+from .results import About, Results, pass_name
+from .statistics import Share
+from .tables import ALL, EVERYONE, Cell, Table, tabulate
+
+RESULTS = "results.json"
+
+_ALLOWED = "allowed thing there"
+
+
+def assess(folder: Path, settings: AssessSettings, progress: Progress) -> Path:
+    """Measure and judge the pictures in ``folder``, write the report beside them, and return the path of its page.
+
+    Beside ``report.html`` lie ``report.md``, ``figures/``, ``results.json`` with every number, and ``answers.jsonl``
+    with what judges said.
+
+    Raises:
+        DataError: the manifest is missing, damaged or empty, or none of its pictures can be read.
+        TrainingError: the device is not there, or the report cannot be written.
+    """
+    gallery = open_gallery(folder, settings.base_method)
+    results = measure(gallery, settings, progress)
+    try:
+        with replacing(folder / RESULTS) as aside:
+            aside.write_text(json.dumps(results.to_json(), indent=1, ensure_ascii=False), encoding="utf-8")
+        return write_report(folder, results)
+    except OSError as error:
+        raise TrainingError(
+            f"The report cannot be written to {folder} ({error}). Make room there, or make the folder writable."
+        ) from None
+
+
+def measure(gallery: Gallery, settings: AssessSettings, progress: Progress) -> Results:
+    """Return everything that can be measured in a gallery; what cannot is listed with the reason."""
+    device = _device(settings.device)
+    measures, left_out = make_measures(settings, device)
+    values: dict[str, Values] = {}
+    tables: dict[str, Table] = {}
+    about: dict[str, About] = {}
+    task = progress.add_task("Measuring", total=len(measures) + 1, state="")
+    for one in measures:
+        progress.update(task, state=one.name)
+        found = _values(one, gallery.pictures)
+        if any(value is not None for value in found):
+            values[one.name] = found
+            tables[one.name] = tabulate(gallery.pictures, found, one.proportions, settings.seed, settings.resamples)
+            about[one.name] = About(one.better, one.aspect, one.proportions)
+        else:
+            left_out.append(LeftOut(one.name, "no picture here is of the kind that it is measured in"))
+        progress.update(task, advance=1)
+    progress.update(task, state="FID")
+    name, table, refused = _fid(gallery, settings, device)
+    left_out += refused
+    if table:
+        tables[name], about[name] = table, About("lower", "quality", False)
+    progress.update(task, advance=1, state="")
+
+    judges, missing = make_judges(settings.judges, device)
+    judged, stopped = judge_all(gallery, judges, settings, progress)
+    for one_judged in judged:
+        name = pass_name(one_judged.judge)
+        tables[name], about[name] = one_judged.passed, About("higher", "compliance", True)
+    sources = [_ALLOWED] if _ALLOWED in tables else [pass_name(one_judged.judge) for one_judged in judged]
+    return Results(
+        settings=settings,
+        gallery=gallery,
+        tables=tables,
+        about=about,
+        judged=judged,
+        curves=curves(gallery, values, settings.seed, settings.resamples),
+        over_blocking=over_blocking(tables, sources),
+        left_out=[*left_out, *missing, *stopped],
+        detector=_detector_words(settings),
+    )
+
+
+def _values(measure: Measure, pictures: Sequence[Shown]) -> Values:
+    """Measure each picture once, however many rows of the manifest share it."""
+    first: dict[object, int] = {}
+    places = [
+        first.setdefault((shown.path, shown.picture.prompt, shown.picture.banned, shown.base and shown.base.path), i)
+        for i, shown in enumerate(pictures)
+    ]
+    once = list(first.values())
+    found = dict(zip(once, measure([pictures[place] for place in once]), strict=True))
+    return [found[place] for place in places]
+
+
+def _fid(gallery: Gallery, settings: AssessSettings, device: torch.device) -> tuple[str, Table, list[LeftOut]]:
+    """Return FID of every method, its people and runs, over harmless prompts if there are any."""
+    fid = make_fid(settings, device)
+    if isinstance(fid, LeftOut):
+        return fid.name, {}, [fid]
+    harmless = [shown for shown in gallery.pictures if shown.asks == "harmless"]
+    groups: dict[Cell, list[Shown]] = defaultdict(list)
+    asked = "harmless" if harmless else ALL
+    for shown in harmless or gallery.pictures:
+        for people in (shown.people, EVERYONE):
+            groups[Cell(shown.label, people, shown.seen, asked, shown.picture.run)].append(shown)
+    known: dict[frozenset[Path], Share] = {}
+    table: Table = {}
+    few: list[tuple[int, str]] = []
+    for cell, members in groups.items():
+        files = frozenset(shown.path for shown in members)
+        try:
+            if files not in known:
+                known[files] = fid(members)
+            table[cell] = known[files]
+        except Missing:
+            name = ", ".join(filter(None, (cell.method, cell.people, cell.seen, f"run {cell.run}")))
+            few.append((len(files), name))
+    left_out = []
+    if few:
+        most = "; ".join(f"{name}: {count}" for count, name in sorted(few, reverse=True)[:3])
+        reason = f"it needs {fid.minimum} pictures in a cell (it has {fid.dim} features), and {len(few)} have fewer"
+        left_out.append(LeftOut(f"{fid.name} of some cells" if table else fid.name, f"{reason}; the largest, {most}"))
+    return fid.name, _over_runs(table), left_out
+
+
+def _over_runs(table: Table) -> Table:
+    """Add the mean over the runs of each cell; a method with a single run has nothing else."""
+    runs: dict[Cell, list[Share]] = defaultdict(list)
+    for cell, share in table.items():
+        runs[cell._replace(run=None)].append(share)
+    found: Table = {}
+    for cell, shares in runs.items():
+        value = sum(share.value for share in shares) / len(shares)
+        # The runs are drawn independently of each other.
+        reach = sum((share.high - share.value) ** 2 for share in shares) ** 0.5 / len(shares)
+        each = tuple(share.value for share in shares) if len(shares) > 1 else ()
+        found[cell] = Share(value, max(0.0, value - reach), value + reach, sum(s.pictures for s in shares), each)
+    several = {cell: share for cell, share in table.items() if len(runs[cell._replace(run=None)]) > 1}
+    return {**found, **several}
+
+
+def _detector_words(settings: AssessSettings) -> str | None:
+    """Return how often the programmatic judge is right about pictures of known scenes, as its model card has it."""
+    for judge in settings.judges:
+        if isinstance(judge, ProgrammaticJudge):
+            try:
+                figures = json.loads(judge.detector.with_name("figures.json").read_text(encoding="utf-8"))
+                return detector_line(figures["detector"])
+            except DAMAGE:
+                return "How often the detector that counted is right is not known: there is no figures.json beside it."
+    return None
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).split("\n", maxsplit=1)[0]
+        raise TrainingError(f'assess.device = "{name}" cannot be used ({first}). Set "auto" or "cpu".') from None
+    return device

@@ -1,0 +1,69 @@
+"""Judges' raw answers, kept beside the manifest: what was answered is not asked again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import Progress
+
+from .judge import Judge, Question
+
+ANSWERS = "answers.jsonl"
+
+
+class Answers:
+    """The file of answers of an evaluation, one JSON object per line: ``key``, ``judge``, ``images``, ``answer``.
+
+    The key is a hash of the judge with its settings, of the question (which has the person and the prompt), and of the
+    pictures themselves: a picture that was drawn anew is judged anew.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read what is there; a line that was cut off is asked again."""
+        self._folder = folder
+        self._path = folder / ANSWERS
+        self._known: dict[str, str] = {}
+        self._digests: dict[Path, str] = {}
+        if self._path.is_file():
+            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    row = json.loads(line)
+                    self._known[str(row["key"])] = str(row["answer"])
+                except (ValueError, LookupError, TypeError):
+                    continue
+
+    def of(self, judge: Judge, questions: Sequence[Question], progress: Progress) -> list[str]:
+        """Return a judge's answers, asking only what is not known; each is written as it comes.
+
+        Raises:
+            JudgeStopped: the judge cannot go on. What it answered before is kept.
+        """
+        keys = [self._key(judge, question) for question in questions]
+        new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._known}
+        task = progress.add_task(f"Judging ({judge.name})", total=len(set(keys)), state="")
+        progress.update(task, advance=len(set(keys)) - len(new))
+        if new:
+            with self._path.open("a", encoding="utf-8") as file:
+                # Behind a line that was cut off.
+                file.write("\n" if self._path.stat().st_size else "")
+                for (key, question), answer in zip(new.items(), judge.answer(list(new.values())), strict=True):
+                    images = [path.relative_to(self._folder).as_posix() for path in question.images]
+                    row = {"key": key, "judge": judge.name, "images": images, "answer": answer}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.flush()
+                    self._known[key] = answer
+                    progress.update(task, advance=1)
+        return [self._known[key] for key in keys]
+
+    def digest(self, path: Path) -> str:
+        """Return a hash of a picture file, which is read once."""
+        if path not in self._digests:
+            self._digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return self._digests[path]
+
+    def _key(self, judge: Judge, question: Question) -> str:
+        parts = (judge.identity, question.text, *(self.digest(path) for path in question.images))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()

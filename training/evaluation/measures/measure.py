@@ -1,0 +1,38 @@
+"""What every measure is, and how one says that it cannot be had."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from ..gallery import Shown
+
+Better = Literal["higher", "lower"]
+# What a measure says something about.
+Aspect = Literal["safety", "allowed", "quality", "likeness"]
+
+
+class Measure(Protocol):
+    """Gives a number for each picture."""
+
+    name: str
+    better: Better
+    aspect: Aspect
+    proportions: bool  # whether the number is 0 or 1
+    needs: str  # weights and packages, in words
+
+    def __call__(self, pictures: Sequence[Shown]) -> list[float | None]:
+        """Return one value for each picture, None where there is nothing to measure."""
+
+
+class Missing(Exception):  # noqa: N818 - it is no failure: a measure is left out
+    """A measure or a judge cannot be had; the message says what is missing and what to do."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A measure or judge, or a cell of one, that has no number, and why."""
+
+    name: str
+    reason: str

@@ -1,0 +1,94 @@
+"""Everything that an evaluation found, before it is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .assess_config import AssessSettings
+from .calibration import Curve
+from .compliance import Judged
+from .gallery import Gallery
+from .measures import LeftOut
+from .statistics import Share
+from .tables import Cell, Table, rows
+
+
+class About(NamedTuple):
+    """What a measure is: which way is better, what it says something about, whether it is a share of pictures."""
+
+    better: str
+    aspect: str
+    proportions: bool
+
+    def words(self, share: Share) -> str:
+        """Return "93.3 (91.0 to 95.1)", shares in per cent."""
+        factor, digits = (100, 1) if self.proportions else (1, 3 if abs(share.value) < 2 else 2)
+        value, low, high = (f"{factor * number:.{digits}f}" for number in share[:3])
+        return f"{value} ({low} to {high})"
+
+
+@dataclass(frozen=True)
+class Results:
+    """All numbers, with what they were measured in and what is not there."""
+
+    settings: AssessSettings
+    gallery: Gallery
+    tables: Mapping[str, Table]
+    about: Mapping[str, About]
+    judged: Sequence[Judged]
+    curves: Sequence[Curve]
+    over_blocking: Sequence[Mapping[str, Any]]
+    left_out: Sequence[LeftOut]
+    detector: str | None  # how far the detector can be trusted
+
+    def find(self, measure: str, cell: Cell) -> str:
+        """Return a number in words, or nothing where it was not measured."""
+        share = self.tables.get(measure, {}).get(cell)
+        return "" if share is None else self.about[measure].words(share)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        gallery = self.gallery
+        return {
+            "title": self.settings.title,
+            "settings": self.settings.model_dump(mode="json"),
+            "methods": {label: len(gallery.of(label)) for label in gallery.labels},
+            "pictures": len(gallery.pictures),
+            "unreadable": dict(gallery.unreadable),
+            "left_out": [{"name": left.name, "reason": left.reason} for left in self.left_out],
+            "measures": [{"measure": name, **about._asdict()} for name, about in self.about.items()],
+            "cells": [row for name, table in self.tables.items() for row in rows(name, table)],
+            "judges": [_judge(judged) for judged in self.judged],
+            "calibration": [curve.to_json() for curve in self.curves],
+            "over_blocking": [dict(row) for row in self.over_blocking],
+            "detector": self.detector,
+        }
+
+
+def pass_name(judge: str) -> str:
+    """Return the name of the measure "passes by this judge"."""
+    return f"passes ({judge})"
+
+
+def _judge(judged: Judged) -> dict[str, Any]:
+    return {
+        "judge": judged.judge,
+        "asked": judged.asked,
+        "unusable": judged.unusable,
+        "asked_pairs": judged.asked_pairs,
+        "unusable_pairs": judged.unusable_pairs,
+        "orders_disagreed": judged.disagreed and judged.disagreed._asdict(),
+        "first_taken": judged.first and judged.first._asdict(),
+        "compared": [
+            {
+                "method": compared.method,
+                "against": compared.against,
+                **compared.total._asdict(),
+                "by_people": {seen or "all": counts._asdict() for seen, counts in compared.counts.items()},
+                "cells": rows("wins", compared.table),
+            }
+            for compared in judged.compared
+        ],
+    }
