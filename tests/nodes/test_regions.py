@@ -338,7 +338,7 @@ def test_a_call_outside_a_sampler(model: ModelPatcher, adapters: dict[str, PSAAd
 @pytest.mark.parametrize("scale", [0.5, 1, 3, 8, 16])
 def test_masks_in_any_scale(model: ModelPatcher, adapters: dict[str, PSAAdapter], scale: float) -> None:
     mask = left_half(int(12 * scale), int(16 * scale))
-    (patched,) = PSAApply.execute(model, adapters["constant"], users(0), 1.0, 0.0, 1.0, mask=mask).args
+    (patched,) = PSAApply.execute(model, users(0), 1.0, 0.0, 1.0, adapters["constant"], mask=mask).args
     assert torch.equal(run(patched), run(masked(model, adapters["constant"], left_half(12, 16))))
 
 
