@@ -21,7 +21,7 @@ demo: venv
 evaluate: venv
 	OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true $(BIN)/python -m torch.distributed.run --standalone \
 	  --nproc_per_node "$$($(BIN)/python -c 'import os; print(os.cpu_count())')" \
-	  -m comfyui_psa.training evaluate evaluate-miniature
+	  -m comfyui_psa.training evaluate evaluate-miniature --set assess.document=docs/results.md
 
 venv: $(VENV)/.ready runtime
 

@@ -1,6 +1,6 @@
 """The reduced protocol on the miniature, with the code of `make evaluate`: the order of methods that the paper claims.
 
-Margins come from the intervals in docs/results.md for 300 pictures a cell, widened for the few that are drawn here.
+Margins come from the intervals in docs/kinds.md for 300 pictures a cell, widened for the few that are drawn here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REDUCED = (
     'users.levels=["L0", "L3", "L5"]',
     "methods="
     '[{name="base", kind="base"}, {name="negative prompt", kind="negative_prompt", words="miniature"}, '
-    '{name="static", kind="adapter", paths=["miniature/adapters/psa_miniature.safetensors"], everyone="L5"}, '
+    '{name="static", kind="adapter", paths=["miniature/evaluation/static.safetensors"], everyone="L5"}, '
     '{name="text", kind="adapter", paths=["miniature/adapters/psa_miniature.safetensors"]}, '
     '{name="constant", kind="adapter", paths=["miniature/adapters/psa_miniature_constant.safetensors"]}]',
 )

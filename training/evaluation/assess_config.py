@@ -118,6 +118,7 @@ class AssessSettings(Section):
     singles: NonNegativeInt | None = Field(None, description="pictures of each cell that a judge sees; None: all")
     published: PublishedSection | None = None
     title: str = "Evaluation"
+    document: Path | None = Field(None, description="a second Markdown report, with its pictures in images/ beside it")
     facts: dict[str, str] = Field({}, description="lines for the report's table of settings, shown as they are")
 
     @field_validator("judges")

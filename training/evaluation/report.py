@@ -1,12 +1,15 @@
 """``report.html`` and ``report.md``: what an evaluation found, from the same chapters.
 
-The page has its pictures inside and asks nobody for anything; the Markdown file names those in ``figures/``.
+The page has its pictures inside and asks nobody for anything; the Markdown file names those in ``figures/``. A second one
+can be written for a folder of documents.
 """
 
 from __future__ import annotations
 
 import base64
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -32,13 +35,27 @@ def write_report(folder: Path, results: Results) -> Path:
     """
     chapters = make_chapters(results, folder / FIGURES)
     for name, template in ((MARKDOWN, "report.md.jinja"), (PAGE, "report.html.jinja")):
-        text = _render(template, folder, results, chapters)
-        with replacing(folder / name) as aside:
-            aside.write_text(text, encoding="utf-8")
+        _write(folder / name, _render(template, results, chapters, lambda path: path.relative_to(folder).as_posix()))
+    if results.settings.document is not None:
+        _write_document(results.settings.document, results, chapters, folder / FIGURES)
     return folder / PAGE
 
 
-def _render(template: str, folder: Path, results: Results, chapters: list[Chapter]) -> str:
+def _write_document(document: Path, results: Results, chapters: list[Chapter], figures: Path) -> None:
+    images = document.parent / "images" / document.stem
+    images.mkdir(parents=True, exist_ok=True)
+    for figure in figures.glob("*.png"):
+        with replacing(images / figure.name) as aside:
+            shutil.copyfile(figure, aside)
+    _write(document, _render("report.md.jinja", results, chapters, lambda path: f"images/{document.stem}/{path.name}"))
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def _render(template: str, results: Results, chapters: list[Chapter], beside: Callable[[Path], str]) -> str:
     environment = Environment(
         loader=PackageLoader(__package__ or "", "templates"),
         autoescape=template.endswith(".html.jinja"),
@@ -50,7 +67,7 @@ def _render(template: str, folder: Path, results: Results, chapters: list[Chapte
     environment.filters["number"] = _number
     environment.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", "\\|")
     environment.filters["data"] = lambda path: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-    environment.filters["beside"] = lambda path: path.relative_to(folder).as_posix()
+    environment.filters["beside"] = beside
     return environment.get_template(template).render(title=results.settings.title, chapters=chapters)
 
 
