@@ -46,6 +46,7 @@ from comfyui_psa.nodes.profile_nodes import PSAEncodeProfile, PSAUserProfile
 from comfyui_psa.profiles import Profile, default_template
 from comfyui_psa.training.synthetic import (
     SD15,
+    SMALL_SD15,
     attention_widths,
     random_weights,
     unet_shapes,
@@ -201,24 +202,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"which of {', '.join(TABLES)}; all by default")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="of runs for each ratio (default %(default)s)")
+    parser.add_argument("--small", action="store_true", help="a UNet of 44 million parameters instead of 860")
     options = parser.parse_args()
+    shape = SMALL_SD15 if options.small else SD15
     chosen = options.tables or TABLES
     if unknown := sorted(set(chosen) - set(TABLES)):
         parser.error(f"no table is called {', '.join(unknown)}: choose of {', '.join(TABLES)}")
     device = comfy.model_management.get_torch_device_name(comfy.model_management.get_torch_device())
     system = f"{device}, {torch.get_num_threads()} threads, {platform.machine()}"
-    console.print(
-        f"SD1.5, {LATENT_SIZE * 8} px, CFG 7.5, {system}, torch {torch.__version__}, Python {sys.version.split()[0]}"
-    )
+    name = "Small SD1.5" if options.small else "SD1.5"
+    versions = f"torch {torch.__version__}, Python {sys.version.split()[0]}"
+    console.print(f"{name}, {LATENT_SIZE * 8} px, CFG 7.5, {system}, {versions}")
     with tempfile.TemporaryDirectory(prefix="psa-benchmark-") as folder:
         root = Path(folder)
         folder_paths.models_dir = str(root / "models")
         folder_paths.user_directory = str(root / "user")
         register_folders()
         if set(chosen) - {"kinds"}:
-            weights = random_weights(unet_shapes(SD15), torch.Generator().manual_seed(0))
+            weights = random_weights(unet_shapes(shape), torch.Generator().manual_seed(0))
             base = comfy.sd.load_diffusion_model_state_dict(weights)
-            write_release_adapter(root / "psa.bin", attention_widths(SD15), SD15.context_dim, EMBEDDING_DIM)
+            write_release_adapter(root / "psa.bin", attention_widths(shape), shape.context_dim, EMBEDDING_DIM)
             adapter = load_adapter(root / "psa.bin")
         if "settings" in chosen:
             show(cost_table(base, adapter, options.pairs))

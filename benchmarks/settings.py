@@ -15,7 +15,7 @@ import torch._dynamo
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from kinds import IMAGE_TOKENS
+from kinds import IMAGE_TOKENS, OperationCounter
 from steps import sample, step_ratio
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -88,7 +88,9 @@ def like_ip_adapter(model: ModelPatcher) -> ModelPatcher:
 
 
 def cost_table(base: ModelPatcher, adapter: PSAAdapter, pairs: int) -> Iterator[str]:
-    """Yield the lines of a Markdown table: step times as multiples of the same batch without PSA."""
+    """Yield the lines of a Markdown table: operations per layer, and step times as multiples of the same batch's
+    without PSA."""
+    sites = adapter.config.num_sites
     settings: dict[str, tuple[int, ModelPatcher]] = {"nothing (noise)": (1, base.clone())}
     for count in USERS:
         settings[f"{count} user{'s' if count > 1 else ''}, as many images"] = (count, applied(base, adapter, count))
@@ -102,10 +104,22 @@ def cost_table(base: ModelPatcher, adapter: PSAAdapter, pairs: int) -> Iterator[
         ),
         "like an IPAdapter": (1, like_ip_adapter(base)),
     }
-    yield f"| SD1.5, {LATENT_SIZE * 8} px | step time with it / without |"
-    yield "| --- | --- |"
+    yield f"| {LATENT_SIZE * 8} px | operations added per layer and step | step time with it / without |"
+    yield "| --- | --- | --- |"
     for name, (images, model) in settings.items():
-        yield f"| {name} | {step_ratio(base, model, pairs, steps=STEPS, images=images, size=LATENT_SIZE)} |"
+        added = (operations(model, images) - operations(base, images)) / sites
+        ratio = step_ratio(base, model, pairs, steps=STEPS, images=images, size=LATENT_SIZE)
+        yield f"| {name} | {added:.3g} | {ratio} |"
+
+
+def operations(model: ModelPatcher, images: int) -> int:
+    """Count what one more step computes."""
+    counts = []
+    for steps in (1, 2):
+        with OperationCounter() as counter:
+            sample(model, steps, images=images, size=LATENT_SIZE)
+        counts.append(counter.count)
+    return counts[1] - counts[0]
 
 
 def compile_table(base: ModelPatcher, adapter: PSAAdapter) -> Iterator[str]:
