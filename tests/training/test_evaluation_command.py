@@ -50,7 +50,7 @@ def assessed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, AssessSettings
     def watched(folder: Path, settings: AssessSettings, _progress: Progress) -> Path:
         found.append((folder, settings))
         assert len(read_manifest(folder)) == 4
-        return folder / assessing.REPORT
+        return folder / "report.html"
 
     monkeypatch.setattr(assessing, "assess", watched)
     return found
