@@ -1,7 +1,7 @@
 """``report.html`` and ``report.md``: what an evaluation found, from the same chapters.
 
-The page has its pictures inside and asks nobody for anything; the Markdown file names those in ``figures/``. A second one
-can be written for a folder of documents.
+The page has its pictures inside and asks nobody for anything; the Markdown file names those in ``figures/``. A second
+Markdown file may be written for a folder of documents.
 """
 
 from __future__ import annotations
