@@ -92,7 +92,7 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The pictures of the nodes' help pages.
+# The pictures of the nodes' help pages and of the examples.
 screenshots: venv frontend browser
 	PYTHONPATH=tests/helpers $(BIN)/python tests/helpers/screenshots.py
 

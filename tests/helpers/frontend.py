@@ -114,7 +114,10 @@ def run(page: Page, server: ComfyUIServer) -> list[PIL.Image.Image]:
     """Queue the graph, and return the pictures that it saves or previews, node by node."""
     result = queue(page)
     assert "ok" in result, result
-    outputs = server.get("/history")[result["ok"]["prompt_id"]]["outputs"]
+    prompt_id = result["ok"]["prompt_id"]
+    # ComfyUI tells of a success first, and writes its history then.
+    page.wait_for_function("async (id) => id in await (await app.api.fetchApi(`/history/${id}`)).json()", arg=prompt_id)
+    outputs = server.get("/history")[prompt_id]["outputs"]
     found = [image for node in sorted(outputs, key=int) for image in outputs[node]["images"]]
     answers = [requests.get(f"{server.url}/view", image, timeout=30) for image in found]
     return [PIL.Image.open(io.BytesIO(answer.content)).convert("RGB") for answer in answers]

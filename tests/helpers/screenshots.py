@@ -1,4 +1,6 @@
-"""Draws the pictures of the nodes' help pages: each node as Nodes 2.0 shows it, in the graph of an example."""
+"""Draws the pictures of the nodes' help pages, each node as Nodes 2.0 shows it in the graph of an example, and those of
+the examples themselves.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 import PIL.Image
-from frontend import NEWEST, open_chromium, open_page
+from example_pictures import draw_examples
+from frontend import NEWEST, load_page, open_chromium, open_page
 from playwright.sync_api import Page, expect
 from studio import COMFYUI
 
@@ -34,7 +37,7 @@ MORE = (
 
 
 def main() -> None:
-    """Write ``web/docs/<NodeId>.webp`` for every node of the pack."""
+    """Write ``web/docs/<NodeId>.webp`` for every node of the pack, and ``example_workflows/<name>.jpg``."""
     with tempfile.TemporaryDirectory() as folder:
         base = prepare_base(Path(folder))
         store = ProfileStore(profiles_folder(base / "user"))
@@ -42,7 +45,10 @@ def main() -> None:
         (base / "models" / "psa_embeddings" / "mine.safetensors").touch()
         (base / "models" / "psa_compiled" / "my_profile.safetensors").touch()
         with ComfyUIServer(COMFYUI, base, *NEWEST) as server, open_chromium() as chromium:
-            draw(open_page(chromium, server.url, nodes2=True))
+            page = open_page(chromium, server.url, nodes2=True)
+            draw(page)
+            load_page(page, server.url, nodes2=False)
+            draw_examples(page, server)
 
 
 def draw(page: Page) -> None:
