@@ -14,7 +14,7 @@ from playwright.sync_api import Page
 from comfyui_psa.training.comfyui import PACK, ComfyUIServer
 
 FOLDER = PACK / "example_workflows"
-GRAPHS = ("psa_first_steps", "psa_levels", "psa_explain")
+GRAPHS = ("psa_first_steps", "psa_levels", "psa_explain", "psa_compiled")
 OVERLAYS = ("Comfy.Minimap.Visible", "Comfy.Graph.CanvasInfo", "Comfy.Graph.CanvasMenu")
 WIDTH = 820  # of a graph, in pixels
 EXPLAINED = 288  # of a picture in the README
@@ -56,8 +56,9 @@ def draw_examples(page: Page, server: ComfyUIServer) -> None:
         shown.resize(size, PIL.Image.Resampling.LANCZOS).save(FOLDER / f"{name}.jpg", quality=80)
         if name == "psa_explain":
             _draw_explained(pictures)
-    (sheet,) = _run(page, server, "psa_one_batch")
-    _save_result(sheet, "psa_one_batch")
+    for name in ("psa_one_batch", "psa_mix"):
+        (sheet,) = _run(page, server, name)
+        _save_result(sheet, name)
     pairs = _run(page, server, "psa_regions")
     together = PIL.Image.new("RGB", (2 * pairs[0].width + GAP, 2 * pairs[0].height + GAP), "white")
     for number, pair in enumerate(pairs):

@@ -176,6 +176,32 @@ def test_one_batch_is_six_people(page: Page, studio: Studio) -> None:
     assert sum("cat" in seen.objects for level in range(6) for seen in column(level)) >= 15
 
 
+def test_a_mixture_is_between_two_people(page: Page, studio: Studio) -> None:
+    """Three rows of L0, two mixtures with L5, and L5: a bolt (Shocking) that only L0 is sure to have, and a house."""
+    load_workflow(page, example("psa_mix"))
+    (sheet,) = run(page, studio.server)
+    margin, step = 18, 96 + 6
+    detector = load_detector(MINIATURE / DETECTOR)
+
+    def column(place: int) -> list[Sighting]:
+        left = sheet.width - margin - 96 - (3 - place) * step
+        tops = [sheet.height - margin - 96 - row * step for row in range(3)]
+        return detector.see([sheet.crop((left, top, left + 96, top + 96)) for top in tops])
+
+    bolts = [sum("Shocking" in seen.glyphs for seen in column(place)) for place in range(4)]
+    assert (bolts[0], bolts[3]) == (3, 0)
+    assert bolts == sorted(bolts, reverse=True)
+    assert sum("house" in seen.objects for place in range(4) for seen in column(place)) >= 10
+
+
+def test_a_compiled_profile_needs_no_adapter(page: Page, studio: Studio) -> None:
+    load_workflow(page, example("psa_compiled"))
+    pictures = run(page, studio.server)
+    detector = load_detector(MINIATURE / DETECTOR)
+    assert sum("Sexuality" in seen.glyphs for seen in detector.see(pictures)) <= 1
+    assert (studio.server.base / "models" / "psa_compiled" / "level_5.safetensors").is_file()
+
+
 def test_stricter_levels_remove_more(page: Page, studio: Studio) -> None:
     """Four rows of L0, L3 and L5: thorn (Hate) and banner (Propaganda), the thorn alone, neither."""
     load_workflow(page, example("psa_levels"))
