@@ -174,6 +174,12 @@ def test_a_compiled_profile_is_named_in_place_of_an_adapter(page: Page) -> None:
     assert facts(card) == {"Compiled profile": "mine.safetensors"}
 
 
+def test_behind_save_compiled_profile_the_card_tells_of_its_adapter(page: Page) -> None:
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", example("psa_compiled"))
+    card = page.get_by_role("group", name="What PSA does here")
+    expect(card).to_contain_text("psa_miniature.safetensors")
+
+
 def in_a_subgraph(page: Page) -> None:
     """Open first steps with Encode Safety Profile and Apply PSA in a subgraph."""
     page.evaluate(

@@ -39,7 +39,8 @@ export function addApplyCard(node, store) {
 
   /** @returns {string | null} The file; null if it does not come from a Load PSA Adapter that can be seen from here. */
   function adapterName() {
-    const loader = inputNode(node, 'adapter')
+    const compiler = isLinked(node, 'adapter') ? null : inputNode(node, 'embedding')
+    const loader = inputNode(compiler?.type === 'PSACompileProfile' ? compiler : node, 'adapter')
     if (loader?.type !== 'PSALoadAdapter' || isLinked(loader, 'adapter_name')) return null
     const name = loader.widgets?.find((widget) => widget.name === 'adapter_name')?.value
     return typeof name === 'string' ? name : null
