@@ -127,6 +127,7 @@ def open_tab(page: Page) -> Locator:
     page.get_by_role("button", name="Safety Profiles").first.click()
     tab = page.get_by_role("region", name="Safety Profiles")
     expect(tab).to_be_visible()
+    expect(tab).not_to_have_attribute("aria-busy", "true")  # the list of before may name profiles that are gone
     return tab
 
 

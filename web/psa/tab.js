@@ -61,7 +61,9 @@ export function profilesTab(store) {
         if (!place.contains(made.element)) place.replaceChildren(made.element)
       })
       made.focus()
-      store.refresh() // other programs change it, too
+      const { element } = made
+      element.setAttribute('aria-busy', 'true')
+      store.refresh().finally(() => element.removeAttribute('aria-busy')) // other programs change it, too
     },
     destroy() {
       stop()
