@@ -57,6 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         title="PSA & others",
         facts={"Seeds": "0 <1>"},
         published={"data_set": "I2P", "base": "SD1.5"},
+        document=folder / "docs" / "read.md",
     )
     return folder
 
@@ -110,6 +111,16 @@ def test_the_markdown_names_its_figures(folder: Path) -> None:
             assert "<b>static</b> \\| x" in line
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") - line.count("\\|") for line in rows} <= set(range(3, 12))
+
+
+def test_a_document_is_the_report_without_the_chapter_of_all_numbers(folder: Path) -> None:
+    whole, read = ((folder / name).read_text(encoding="utf-8") for name in ("report.md", "docs/read.md"))
+    before, rest = whole.split("## All numbers")
+    assert rest.count("\n|") > 10
+    assert read.strip() == before.replace("](figures/", "](images/read/").strip()
+    for name in re.findall(r"!\[.+\]\((.+)\)", read):
+        with PIL.Image.open(folder / "docs" / name) as image:
+            assert image.mode == "P"
 
 
 def test_the_page_and_the_numbers_agree(folder: Path) -> None:

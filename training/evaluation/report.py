@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import base64
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import PIL.Image
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ...safe_files import replacing
-from .chapters import make_chapters
+from .chapters import ALL_NUMBERS, make_chapters
 from .parts import Chapter
 from .results import Results
 
@@ -42,12 +42,14 @@ def write_report(folder: Path, results: Results) -> Path:
 
 
 def _write_document(document: Path, results: Results, chapters: list[Chapter], figures: Path) -> None:
+    """Write what people read: without the chapter of all numbers, and with pictures of a palette."""
     images = document.parent / "images" / document.stem
     images.mkdir(parents=True, exist_ok=True)
     for figure in figures.glob("*.png"):
-        with replacing(images / figure.name) as aside:
-            shutil.copyfile(figure, aside)
-    _write(document, _render("report.md.jinja", results, chapters, lambda path: f"images/{document.stem}/{path.name}"))
+        with PIL.Image.open(figure) as image, replacing(images / figure.name) as aside:
+            image.convert("RGB").quantize(256).save(aside, "PNG", optimize=True)
+    read = [chapter for chapter in chapters if chapter.title != ALL_NUMBERS]
+    _write(document, _render("report.md.jinja", results, read, lambda path: f"images/{document.stem}/{path.name}"))
 
 
 def _write(path: Path, text: str) -> None:
