@@ -34,6 +34,7 @@ COMPILED_SUFFIX = ".safetensors"
 Precision = Literal["fp32", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 
+_MOST_LOST = 0.01  # share of what a person does that half precision may lose
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -210,6 +211,8 @@ def _rounded(name: str, value: Tensor, precision: Precision) -> Tensor:
             f"{name} has numbers up to {float(value.abs().max()):.3g}, and fp16 ends at 65504. Save the compiled "
             "profile as fp32."
         )
+    if float((rounded.float() - value.cpu()).norm()) > _MOST_LOST * float(value.norm()):
+        raise AdapterError(f"{name} has numbers so small that fp16 loses them. Save the compiled profile as fp32.")
     return rounded
 
 

@@ -104,7 +104,7 @@ def time_to_first_step(base: ModelPatcher, adapter: PSAAdapter) -> float:
     def patched(profile_id: str) -> ModelPatcher:
         (profile,) = PSAUserProfile.execute(profile_id).args
         (embedding,) = PSAEncodeProfile.execute(adapter, profile).args
-        (model,) = PSAApply.execute(base, adapter, embedding, 1.0, 0.0, 1.0).args
+        (model,) = PSAApply.execute(base, embedding, 1.0, 0.0, 1.0, adapter).args
         return model
 
     for profile_id in ids:
@@ -171,7 +171,7 @@ def run_table(base: ModelPatcher, adapter: PSAAdapter, root: Path, pairs: int) -
     (embedding,) = PSAEncodeProfile.execute(adapter, profile).args
 
     def patch() -> ModelPatcher:
-        (model,) = PSAApply.execute(base, adapter, embedding, 1.0, 0.0, 1.0).args
+        (model,) = PSAApply.execute(base, embedding, 1.0, 0.0, 1.0, adapter).args
         return model
 
     memory = held_memory(base, patch)

@@ -41,7 +41,7 @@ def applied(
     model: ModelPatcher, adapter: PSAAdapter, count: int = 1, seed: int = 0, strength: float = 1.0, **options: Any
 ) -> ModelPatcher:
     """Apply PSA for so many people."""
-    (patched,) = PSAApply.execute(model, adapter, people(adapter, count, seed), strength, 0.0, 1.0, **options).args
+    (patched,) = PSAApply.execute(model, people(adapter, count, seed), strength, 0.0, 1.0, adapter, **options).args
     return patched
 
 

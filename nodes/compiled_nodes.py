@@ -91,8 +91,8 @@ class PSACompileProfile(io.ComfyNode):
         return file_name is None or _problem(file_name) or True
 
     @classmethod
-    def fingerprint_inputs(cls, file_name: str | None) -> str:
-        """Change when the file is replaced or deleted: then it is written again."""
+    def fingerprint_inputs(cls, file_name: str | None, **_others: object) -> str:
+        """Change when the file is replaced or deleted: then it is written again. ComfyUI gives all inputs."""
         return file_fingerprint(_path(file_name) if file_name and not _problem(file_name) else None)
 
     @classmethod

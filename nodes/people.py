@@ -56,7 +56,7 @@ def categories_of(people: People) -> tuple[Category, ...] | None:
 
 
 def effect(people: People, adapter: PSAAdapter | None, null: NullMode | None = None) -> UserEffect:
-    """Return what an adapter does for them, see ``PSAAdapter.effect``; None if all of them are compiled.
+    """Return what an adapter does for them, see ``PSAAdapter.effect``. ``adapter`` is None if all of them are compiled.
 
     They have to belong together (``check_together``).
 

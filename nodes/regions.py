@@ -81,7 +81,7 @@ class Region:
         """Take a MASK, ``[height, width]`` or ``[masks, height, width]``; values beyond 0 and 1 count as these.
 
         Raises:
-            AdapterError: it is no mask, or an empty one.
+            AdapterError: it is no mask, or one with nothing in it.
         """
         masks = mask[None] if mask.ndim == 2 else mask.squeeze(1) if mask.ndim == 4 else mask
         if masks.ndim != 3 or not masks.numel():
@@ -92,8 +92,12 @@ class Region:
         if not masks.float().isfinite().all():
             raise AdapterError("The mask for Apply PSA holds values that are no numbers. Draw it again.")
         self.masks = masks.detach().cpu().float().clamp(0, 1)
+        if not self.masks.any():  # Load Image gives such a mask for every picture without transparency
+            raise AdapterError(
+                "The mask for Apply PSA is black all over, so PSA would act nowhere. Draw white where it has to act, "
+                "disconnect the mask, or set strength 0 if the base model is what you want."
+            )
         self.everywhere = bool((self.masks == 1).all())
-        self.nowhere = not self.masks.any()
 
     def check(self, images: int, height: int, width: int) -> None:
         """Raise AdapterError unless the masks are for as many pictures of this latent size.

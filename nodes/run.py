@@ -168,6 +168,11 @@ class Run:
         call = Call(self, x.shape[0], chunks, of_user, text_of_user, self.factor(model, sigma))
         if not call.active and not (self.patch.acts_on_layers and _is_compiled(model.diffusion_model)):
             return call
+        if step is None and self.region is not None and self.text is not None:
+            raise AdapterError(
+                "Another node calls the model itself, and a mask divides prompts where a sampler hands them over: PSA "
+                "cannot tell where in the picture this prompt acts. Remove that node, or the mask."
+            )
         masks = 1 if self.patch.region is None else len(self.patch.region.masks)
         images = options["sigmas"].shape[0] if "sigmas" in options else x.shape[0] // len(chunks)
         alone = max(len(chunks), self.patch.users) == 1 and self.region is None
@@ -226,8 +231,6 @@ class Run:
     def factor(self, model: Any, sigma: Tensor) -> float:
         """Return how much of the strength counts in a step at this noise: 0 outside of the patch's range."""
         patch = self.patch
-        if patch.region is not None and patch.region.nowhere:
-            return 0.0
         if patch.start_percent <= 0 and patch.end_percent >= 1 and patch.curve.is_flat:
             return patch.curve.at(0)
         noise = float(sigma.max())

@@ -55,6 +55,7 @@ def compile_command(
     """Compile a profile: a small file with which Apply PSA needs neither adapter nor language model."""
     if output.suffix != COMPILED_SUFFIX:
         raise AdapterError(f"{output.name} should end in {COMPILED_SUFFIX}: that is the format that is written.")
+    kept_in = _precision(precision)
     if not output.parent.is_dir():
         raise AdapterError(f"The folder {output.parent} does not exist. Make it, or choose another one.")
     person = _profile(profile, user_directory, account)
@@ -65,7 +66,7 @@ def compile_command(
     with torch.no_grad():
         vectors = encoder.encode([bans_alone(banned) if bans_only else person])
         compiled = compile_profile(loaded, loaded.effect(vectors), banned if include_categories else None)
-    save_compiled(compiled, output, _precision(precision), overwrite)
+    save_compiled(compiled, output, kept_in, overwrite)
     spec = load_compiled(output).spec
     console = Console(soft_wrap=True)
     console.print(

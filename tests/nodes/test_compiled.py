@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +301,11 @@ def test_names_that_lead_elsewhere(adapters: dict[str, PSAAdapter], folder: Path
 
 
 def test_a_deleted_file_is_written_again_and_nothing_runs_twice(adapters: dict[str, PSAAdapter], folder: Path) -> None:
-    fingerprint: Callable[[], str] = lambda: PSACompileProfile.fingerprint_inputs(file_name="mine")  # noqa: E731
+    others = {given.id: None for given in PSACompileProfile.GET_SCHEMA().inputs if given.id != "file_name"}
+
+    def fingerprint() -> str:
+        return PSACompileProfile.fingerprint_inputs(file_name="mine", **others)  # as ComfyUI calls it
+
     before = fingerprint()
     through_a_file(adapters["text"], users(0))
     written = fingerprint()

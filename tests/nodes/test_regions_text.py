@@ -28,7 +28,7 @@ from masks import in_pixels, left_half, soft
 from neighbours import controlnet, like_attention_couple
 from torch import Tensor
 
-from comfyui_psa.adapter import AdapterError, PSAAdapter, TextSpec
+from comfyui_psa.adapter import AdapterError, PSAAdapter, TextSpec, UserText
 from comfyui_psa.nodes.apply import apply_psa
 from comfyui_psa.nodes.explanation import changes_in_picture
 from comfyui_psa.nodes.patch import patches_of
@@ -254,13 +254,18 @@ def test_a_step_outside_of_the_range_is_the_base(model: ModelPatcher, adapter: P
     assert [torch.equal(part[i], base[i]) for i in range(4)] == [True, False, False, True]
 
 
-def test_a_prompt_is_changed_once_in_a_run(model: ModelPatcher, adapter: PSAAdapter) -> None:
+def test_a_prompt_is_changed_once_in_a_run(
+    model: ModelPatcher, adapter: PSAAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
-    handle = adapter.text.tokens.register_forward_hook(lambda *_: calls.append(1))
-    try:
-        run(masked(model, adapter, SOFT), sigmas=tuple(sigma_at(model, t) for t in (999, 700, 400)))
-    finally:
-        handle.remove()
+    change = UserText.tokens
+
+    def counted(text: UserText, *args: Any) -> Tensor:
+        calls.append(1)
+        return change(text, *args)
+
+    monkeypatch.setattr(UserText, "tokens", counted)
+    run(masked(model, adapter, SOFT), sigmas=tuple(sigma_at(model, t) for t in (999, 700, 400)))
     assert len(calls) == 1
 
 

@@ -56,6 +56,7 @@ export function profilesTab(store) {
     type: /** @type {const} */ ('custom'),
     /** @param {HTMLElement} place */
     render(place) {
+      stop()
       stop = follow(() => `${language()} ${made.isBusy()}`, () => {
         translate()
         if (!place.contains(made.element)) place.replaceChildren(made.element)
