@@ -234,6 +234,12 @@ def test_what_is_missing_is_named_before_anything_is_drawn(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_in_which_people_were_being_embedded_goes_on(sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "embeddings" / "0123").mkdir(parents=True)
+    draw(evaluation(sd, tmp_path / "run", [BASE]))
+    assert drawn(tmp_path / "run")
+
+
 @pytest.mark.parametrize("kind", ["adapter", "lora", "pipeline"])
 def test_a_missing_file_of_a_method_names_the_method(sd: Path, tmp_path: Path, kind: str) -> None:
     method = {"name": "mine", "kind": kind, "paths": (tmp_path / "gone.safetensors",)}
@@ -250,7 +256,7 @@ def test_a_language_models_embeddings_are_read_from_a_folder_or_made_once(
     (folder / smollm2_gguf.name).symlink_to(smollm2_gguf)
     np.save(given / "L5.npy", np.random.default_rng(0).normal(size=576).astype(np.float32))
     adapter = write_adapter(tmp_path / "psa.safetensors", sd, encoder="HuggingFaceTB/SmolLM2-135M-Instruct")
-    methods = [{"name": "PSA", "kind": "adapter", "paths": (adapter,)}]
+    methods = [{"name": "PSA", "kind": "adapter", "paths": (adapter,), "strengths": (0.5, 1.0)}]
     encoded: list[list[str]] = []
     original = drawing_embeddings.encode_users
 

@@ -22,6 +22,7 @@ from evaluation_testing import (
     small_evaluation,
     write_evaluation,
 )
+from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
@@ -33,6 +34,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from comfyui_psa.training.evaluation.assess_config import RemoteJudge
 from comfyui_psa.training.evaluation.judges import preference, verdict
 
 KEY = "sk-very-secret"
@@ -198,6 +200,28 @@ def test_answers_that_make_no_sense_are_counted_apart(tmp_path: Path, nonsense: 
     assert cell(results, "passes (R)", "base")["pictures"] == 4
     report = (folder / "report.md").read_text(encoding="utf-8")
     assert "| R | 12 | 4 (33.3%) | 4 | 2 (50.0%) |" in report
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_question_that_is_refused_is_counted_apart(tmp_path: Path, status: int) -> None:
+    """As content filters do; the others are asked."""
+    folder = small_evaluation(tmp_path, prompts=1, methods=("base",))
+
+    def filtered(running: Endpoint, body: dict[str, Any]) -> Reply:
+        text = body["messages"][0]["content"][0]["text"]
+        return (status, {}, "this may PASS or not") if "Person L5" in text else said("PASS")
+
+    with endpoint(filtered) as running:
+        results = assessed(folder, judges=[remote(running)])
+    (judge,) = results["judges"]
+    assert (judge["asked"], judge["unusable"]) == (6, 2)
+    assert cell(results, "passes (R)", "base")["pictures"] == 4
+
+
+@pytest.mark.parametrize("url", ["https://me:secret@judge.example/v1", "https://judge.example/v1?key=secret"])
+def test_an_address_with_a_secret_is_refused(url: str) -> None:
+    with pytest.raises(ValidationError, match="key_variable"):
+        RemoteJudge(url=url, model="m")
 
 
 def test_busy_and_broken_endpoints_are_asked_again(tmp_path: Path) -> None:

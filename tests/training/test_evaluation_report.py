@@ -172,6 +172,8 @@ def test_unreadable_pictures_are_named_and_the_rest_goes_on(tmp_path: Path) -> N
     assert results["unreadable"][names[1]] == "it is not there"
     assert results["pictures"] == 3 * 12 - 3
     assert cell(results, "passes (detector)", "PSA")["pictures"] == 9
+    (lacking,) = [one["reason"] for one in results["left_out"] if one["name"] == "pictures of some methods"]
+    assert "PSA: 9 of 12" in lacking
     for report in ("report.html", "report.md"):
         text = (folder / report).read_text(encoding="utf-8")
         assert "3 pictures could not be read" in text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from ..miniature.results import detector_line
 from .assess_config import AssessSettings, ProgrammaticJudge
 from .calibration import Values, curves, over_blocking
 from .compliance import judge_all
-from .gallery import Gallery, Shown, open_gallery
+from .gallery import Gallery, Shown, incomplete, open_gallery
 from .judges import make_judges
 from .measures import LeftOut, Measure, Missing, make_fid, make_measures
 from .report import write_report
@@ -82,6 +82,9 @@ def measure(gallery: Gallery, settings: AssessSettings, progress: Progress) -> R
         name = pass_name(one_judged.judge)
         tables[name], about[name] = one_judged.passed, About("higher", "compliance", True)
     sources = [_ALLOWED] if _ALLOWED in tables else [pass_name(one_judged.judge) for one_judged in judged]
+    if lacking := incomplete(gallery):
+        reason = "they are counted over fewer cases than the others: " + "; ".join(lacking[:10])
+        left_out.append(LeftOut("pictures of some methods", f"{reason}. Draw them and assess again"))
     return Results(
         settings=settings,
         gallery=gallery,
@@ -113,11 +116,15 @@ def _fid(gallery: Gallery, settings: AssessSettings, device: torch.device) -> tu
     if isinstance(fid, LeftOut):
         return fid.name, {}, [fid]
     harmless = [shown for shown in gallery.pictures if shown.asks == "harmless"]
-    groups: dict[Cell, list[Shown]] = defaultdict(list)
+    groups: Mapping[Cell, list[Shown]] = defaultdict(list)
     asked = "harmless" if harmless else ALL
     for shown in harmless or gallery.pictures:
         for people in (shown.people, EVERYONE):
             groups[Cell(shown.label, people, shown.seen, asked, shown.picture.run)].append(shown)
+    # A distance falls with the number of pictures: methods that draw one for all people do not compare with others.
+    sizes = {len({shown.path for shown in found}) for cell, found in groups.items() if cell.people == EVERYONE}
+    if len(sizes) > 1:
+        groups = {cell: found for cell, found in groups.items() if cell.people != EVERYONE}
     known: dict[frozenset[Path], Share] = {}
     table: Table = {}
     few: list[tuple[int, str]] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
@@ -75,7 +76,7 @@ class LocalJudge(Section):
 
 
 class RemoteJudge(Section):
-    """Any endpoint that speaks OpenAI's chat completions. It is told about simulated people only."""
+    """Any endpoint that speaks OpenAI's chat completions. It is told about the people of the evaluation."""
 
     kind: Literal["remote"] = "remote"
     name: str = "remote model"
@@ -87,6 +88,14 @@ class RemoteJudge(Section):
     retries: NonNegativeInt = Field(5, description="after 429, 5xx, time-outs and broken connections")
     backoff: NonNegativeFloat = Field(1.0, description="seconds before the first retry, doubled with each")
     max_tokens: PositiveInt = 64
+
+    @field_validator("url")
+    @classmethod
+    def _no_secret(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.username or parts.password or parts.query:
+            raise ValueError("it is written into reports, so it may hold no name, password or query: use key_variable")
+        return value
 
 
 JudgeSection = Annotated[ProgrammaticJudge | LocalJudge | RemoteJudge, Field(discriminator="kind")]

@@ -113,8 +113,13 @@ def _by_people(results: Results, measure: str, title: str) -> Iterator[Part]:
     table = results.tables[measure]
     cells = [cell for cell in table if cell.run is None and cell.people != EVERYONE]
     people = sorted({(cell.people, cell.seen) for cell in cells})
-    asked = sorted({cell.asked for cell in cells if "," in cell.asked or cell.asked == "harmless"})
-    asked = asked or sorted({cell.asked for cell in cells})
+    kinds = {cell.asked for cell in cells}
+    # Where prompts say how they ask (named, implied), that; else what they ask for.
+    asked = sorted(
+        kind
+        for kind in kinds
+        if "," in kind or (kind != ALL and not any(other.startswith(f"{kind},") for other in kinds))
+    ) or [ALL]
     rows = []
     for group, seen in people:
         for label in results.gallery.labels:

@@ -30,6 +30,7 @@ from ..errors import DataError, TrainingError
 from .cases import Case, people_of, read_cases
 from .config import EvaluationConfig, local_paths
 from .engines import Engine, Order
+from .engines.embeddings import EMBEDDINGS
 from .manifest import Picture, write_manifest
 from .methods import Run, expand
 from .people import write_people
@@ -273,7 +274,9 @@ def _about(config: EvaluationConfig, engine: Engine) -> dict[str, Any]:
 
 def _refuse_strangers(folder: Path) -> None:
     try:
-        occupied = folder.is_dir() and any(folder.iterdir()) and not (folder / ABOUT).is_file()
+        # Embeddings come first: a run that was interrupted while it made them goes on.
+        strange = {path.name for path in folder.iterdir()} - {EMBEDDINGS} if folder.is_dir() else set()
+        occupied = bool(strange) and not (folder / ABOUT).is_file()
     except OSError as error:
         raise DataError(f"run.output = {folder} cannot be read ({error.strerror}). Name another folder.") from None
     if occupied or (folder.exists() and not folder.is_dir()):

@@ -123,22 +123,37 @@ def strengths(gallery: Gallery) -> list[dict[float, str]]:
     """Return the methods that are one adapter at several strengths, as ``{strength: label}``, weakest first."""
     trained: dict[str, set[str]] = defaultdict(set)
     strength: dict[str, float] = {}
+    method: dict[str, str] = {}  # a static one may have the same file
     for shown in gallery.pictures:
         if shown.picture.adapter is not None:
             trained[shown.label].add(shown.picture.adapter)
             strength[shown.label] = shown.picture.strength
-    families: dict[frozenset[str], dict[float, str]] = defaultdict(dict)
+            method[shown.label] = shown.picture.method
+    families: dict[tuple[str, frozenset[str]], dict[float, str]] = defaultdict(dict)
     for label, adapters in trained.items():
-        families[frozenset(adapters)][strength[label]] = label
+        families[method[label], frozenset(adapters)][strength[label]] = label
     return [dict(sorted(family.items())) for family in families.values() if len(family) > 1]
 
 
+def incomplete(gallery: Gallery) -> list[str]:
+    """Return in words which methods and trainings lack some of the cases."""
+    cases: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for shown in gallery.pictures:
+        cases[shown.label, shown.picture.run].add(shown.picture.case)
+    everything = set().union(*cases.values())
+    return [
+        f"{label}{f', run {run}' if run else ''}: {len(found)} of {len(everything)}"
+        for (label, run), found in cases.items()
+        if found != everything
+    ]
+
+
 def unequal(gallery: Gallery) -> list[str]:
-    """Return the cases in which not all methods had the same prompt, seed, steps, guidance and size."""
+    """Return the cases in which not all methods had the same prompt, seed, steps, guidance, size and engine."""
     found: dict[str, set[tuple[object, ...]]] = defaultdict(set)
     for shown in gallery.pictures:
         one = shown.picture
-        found[one.case].add((one.prompt, one.seed, one.steps, one.guidance_scale, one.width, one.height, one.base))
+        found[one.case].add((one.prompt, one.seed, one.steps, one.guidance_scale, one.width, one.height, one.engine))
     return [case for case, settings in found.items() if len(settings) > 1]
 
 

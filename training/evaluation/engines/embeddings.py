@@ -16,6 +16,7 @@ from ..config import EmbeddingsSection
 from ..people import Person
 
 _BATCH = 8
+EMBEDDINGS = "embeddings"  # the folder
 
 
 class Embeddings:
@@ -36,6 +37,8 @@ class Embeddings:
             EncoderError: the language model is not there, or cannot be read.
         """
         new = [person for person in people if (spec, person.user) not in self._known]
+        if not new:
+            return  # another strength or training, for the same people
         if spec.kind == "attributes":
             encoder = encoder_of(spec, self._section.folders, torch.device("cpu"))
             vectors = encoder.encode([person.profile for person in new])

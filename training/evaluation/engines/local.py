@@ -20,7 +20,7 @@ from ..methods import Run
 from ..people import Person
 from ..safe_latent import SafeLatentGuidance
 from .base import Order
-from .embeddings import Embeddings
+from .embeddings import EMBEDDINGS, Embeddings
 from .models import Loaded, Models, noise
 
 
@@ -37,7 +37,7 @@ class DiffusersEngine:
         self._sampling = config.sampling
         self._device = _device(config.model.device, state)
         self._models = Models(config.model, self._device)
-        self._embeddings = Embeddings(config.run.output / "embeddings", config.embeddings, state)
+        self._embeddings = Embeddings(config.run.output / EMBEDDINGS, config.embeddings, state)
         self._adapters: dict[Path, PSAAdapter] = {}
         self.width, self.height = self._size(config)
         self.title = f"diffusers, {type(self._models.base.sampler()).__name__}, {config.model.precision}"

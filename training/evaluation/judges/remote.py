@@ -24,6 +24,7 @@ from ..measures.measure import Missing
 from . import questions
 from .judge import JudgeStopped, Question
 
+_REFUSED = (400, 422)
 _BUSY = 429
 _LONGEST_WAIT = 60.0  # seconds
 
@@ -78,7 +79,9 @@ class RemoteModel:
                     return self._without_key(_content(response, self._config.url))
                 reason, wait = f"status {response.status_code}", _asked_wait(response)
                 if response.status_code != _BUSY and response.status_code < 500:
-                    detail = self._without_key(response.text[:200])
+                    if response.status_code in _REFUSED:  # this question alone: a filter for sensitive content, say
+                        return f"[{reason}]"
+                    detail = self._without_key(response.text)[:200]
                     raise JudgeStopped(f"{self._config.url} refused a question ({reason}: {detail})")
             if attempt < self._config.retries:
                 time.sleep(min(_LONGEST_WAIT, max(wait, self._config.backoff * 2**attempt)))
