@@ -24,7 +24,7 @@ from comfyui_psa.training.miniature.sampling import Painter
 
 TEXT, CONSTANT = ADAPTERS = ("psa_miniature.safetensors", "psa_miniature_constant.safetensors")
 SMOLLM2 = "psa_miniature_smollm2.safetensors"
-PER_CELL = 8
+PER_CELL = 12
 
 
 @pytest.fixture(scope="module")
