@@ -123,7 +123,7 @@ def _fid(gallery: Gallery, settings: AssessSettings, device: torch.device) -> tu
             groups[Cell(shown.label, people, shown.seen, asked, shown.picture.run)].append(shown)
     # A distance falls with the number of pictures: methods that draw one for all people do not compare with others.
     sizes = {len({shown.path for shown in found}) for cell, found in groups.items() if cell.people == EVERYONE}
-    if len(sizes) > 1:
+    if len({size for size in sizes if size >= fid.minimum}) > 1:
         groups = {cell: found for cell, found in groups.items() if cell.people != EVERYONE}
     known: dict[frozenset[Path], Share] = {}
     table: Table = {}
