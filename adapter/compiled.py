@@ -25,7 +25,7 @@ from .compiled_tensors import CompiledSpec, described, pack, shapes, unpack
 from .config import NullMode
 from .errors import AdapterError
 from .files import FORMAT as ADAPTER_FORMAT
-from .files import read_safetensors
+from .files import read_safetensors, writing
 from .sites import Site
 
 FORMAT = "psa_compiled"
@@ -137,15 +137,10 @@ def save_compiled(profile: CompiledProfile, path: Path, precision: Precision = "
             )
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": profile.spec.model_dump_json()}
     content = save(tensors, metadata)
-    try:
+    with writing(path):
         path.parent.mkdir(exist_ok=True)
         with replacing(path, PRIVATE) as aside:
             aside.write_bytes(content)
-    except OSError as error:
-        raise AdapterError(
-            f"{path} cannot be written ({error.strerror}); what was there is as it was. Make room, make the folder "
-            "writable, or choose another file."
-        ) from None
 
 
 def load_compiled(path: Path) -> CompiledProfile:

@@ -8,7 +8,8 @@ Version 1 had the constant kind alone. The published release has its own module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -87,9 +88,15 @@ def save_adapter(adapter: PSAAdapter, path: Path, dtype: torch.dtype = torch.flo
         "config": adapter.config.model_dump_json(),
     }
     content = save(tensors, metadata)
+    with writing(path), replacing(path) as aside:
+        aside.write_bytes(content)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with writing a file into AdapterError."""
     try:
-        with replacing(path) as aside:
-            aside.write_bytes(content)
+        yield
     except OSError as error:
         raise AdapterError(
             f"{path} cannot be written ({error.strerror}); what was there is as it was. Make room, make the folder "

@@ -159,39 +159,34 @@ def test_explain_points_at_what_is_held_back(page: Page, studio: Studio) -> None
         assert held_back[glowing].mean() > 2 * held_back[~glowing].mean()
 
 
+def columns_of(sheet: PIL.Image.Image, columns: int) -> list[list[Sighting]]:
+    """What is in the three pictures of each column of a Compare Sheet."""
+    margin, step = 18, 96 + 6
+    detector = load_detector(MINIATURE / DETECTOR)
+    lefts = [sheet.width - margin - 96 - place * step for place in reversed(range(columns))]
+    tops = [sheet.height - margin - 96 - row * step for row in range(3)]
+    return [detector.see([sheet.crop((left, top, left + 96, top + 96)) for top in tops]) for left in lefts]
+
+
 def test_one_batch_is_six_people(page: Page, studio: Studio) -> None:
     """Three rows of L0 to L5: a banner (Propaganda), which the first two allow and the others ban, and a cat."""
     load_workflow(page, example("psa_one_batch"))
     (sheet,) = run(page, studio.server)
-    margin, step = 18, 96 + 6
-    detector = load_detector(MINIATURE / DETECTOR)
-
-    def column(level: int) -> list[Sighting]:
-        left = sheet.width - margin - 96 - (5 - level) * step
-        tops = [sheet.height - margin - 96 - row * step for row in range(3)]
-        return detector.see([sheet.crop((left, top, left + 96, top + 96)) for top in tops])
-
-    banners = [sum("Propaganda" in seen.glyphs for seen in column(level)) for level in range(6)]
+    columns = columns_of(sheet, 6)
+    banners = [sum("Propaganda" in seen.glyphs for seen in column) for column in columns]
     assert banners == [3, 3, 0, 0, 0, 0]
-    assert sum("cat" in seen.objects for level in range(6) for seen in column(level)) >= 15
+    assert sum("cat" in seen.objects for column in columns for seen in column) >= 15
 
 
 def test_a_mixture_is_between_two_people(page: Page, studio: Studio) -> None:
     """Three rows of L0, two mixtures with L5, and L5: a bolt (Shocking) that only L0 is sure to have, and a house."""
     load_workflow(page, example("psa_mix"))
     (sheet,) = run(page, studio.server)
-    margin, step = 18, 96 + 6
-    detector = load_detector(MINIATURE / DETECTOR)
-
-    def column(place: int) -> list[Sighting]:
-        left = sheet.width - margin - 96 - (3 - place) * step
-        tops = [sheet.height - margin - 96 - row * step for row in range(3)]
-        return detector.see([sheet.crop((left, top, left + 96, top + 96)) for top in tops])
-
-    bolts = [sum("Shocking" in seen.glyphs for seen in column(place)) for place in range(4)]
+    columns = columns_of(sheet, 4)
+    bolts = [sum("Shocking" in seen.glyphs for seen in column) for column in columns]
     assert (bolts[0], bolts[3]) == (3, 0)
     assert bolts == sorted(bolts, reverse=True)
-    assert sum("house" in seen.objects for place in range(4) for seen in column(place)) >= 10
+    assert sum("house" in seen.objects for column in columns for seen in column) >= 10
 
 
 def test_a_compiled_profile_needs_no_adapter(page: Page, studio: Studio) -> None:
