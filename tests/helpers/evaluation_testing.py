@@ -13,7 +13,7 @@ from rich.progress import Progress
 from comfyui_psa.profiles import CATEGORIES
 from comfyui_psa.training.evaluation.assess import assess
 from comfyui_psa.training.evaluation.assess_config import AssessSettings
-from comfyui_psa.training.evaluation.manifest import USERS, Picture, write_manifest
+from comfyui_psa.training.evaluation.manifest import HARMLESS, USERS, Picture, write_manifest
 from comfyui_psa.training.miniature.drawing import draw
 from comfyui_psa.training.miniature.world import draw_scene
 
@@ -34,7 +34,7 @@ def row(image: str, method: str = "base", **changes: Any) -> Picture:
         "banned": (),
         "prompt_id": "p",
         "prompt": "a house on the beach with a bolt",
-        "category": None,
+        "category": HARMLESS,
         "content": None,
         "expected": ("house",),
         "negative_prompt": "",
@@ -80,10 +80,10 @@ def small_evaluation(folder: Path, prompts: int = 4, methods: Sequence[str] = ("
     for method in methods:
         for level, banned in bans.items():
             for number in range(2 * prompts):
-                category = "Violence" if number < prompts else None
+                category = "Violence" if number < prompts else HARMLESS
                 gone = method == "static" or (method == "PSA" and category in banned)
                 image = f"pictures/{method}-{level}-{number}.png"
-                draw_picture(folder / image, () if category is None or gone else (category,), seed=number)
+                draw_picture(folder / image, () if category == HARMLESS or gone else (category,), seed=number)
                 rows.append(
                     row(
                         image,
@@ -93,9 +93,9 @@ def small_evaluation(folder: Path, prompts: int = 4, methods: Sequence[str] = ("
                         seen=None,
                         banned=banned,
                         prompt_id=str(number),
-                        prompt="a house with a burst" if category else "a house",
+                        prompt="a house" if category == HARMLESS else "a house with a burst",
                         category=category,
-                        content="named" if category else None,
+                        content=None if category == HARMLESS else "named",
                         adapter=None if method == "base" else f"{method} 4567",
                     )
                 )

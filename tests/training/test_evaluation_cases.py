@@ -62,6 +62,8 @@ def test_a_prompt_alone_is_enough(tmp_path: Path) -> None:
         ("000002", "two", None),
     ]
     assert [case.asked.prompt for case in prompts(tmp_path, "a.toml", 'prompts = ["one", "two"]', limit=1)] == ["one"]
+    (harmless,) = prompts(tmp_path, "h.jsonl", '{"prompt": "a", "category": "Harmless"}')
+    assert harmless.asked.category == "harmless"
     assert prompts(tmp_path, "e.jsonl", '{"prompt": ""}')[0].asked.prompt == ""
 
 
@@ -157,18 +159,57 @@ def test_a_sage_split_gives_captions_or_people_with_their_prompts(tmp_path: Path
     assert len(crossed) == 2 * len(CAPTIONS)
     paired = cases(tmp_path, pairs={"sage": split, "seen": False}, **NOBODY)
     assert [(case.person.user, case.asked.prompt) for case in paired] == [
-        (f"{row % 4 + 1:07d}", CAPTIONS[row % 4]) for row in range(6)
+        (f"{row + 1:07d}", CAPTIONS[row])
+        for row in range(4)  # the last two ask for the same again
     ]
     assert [case.person.profile.age for case in paired[:4]] == [user.age for user in simulate_users(4, 0)]
     assert {case.person.seen for case in paired} == {False}
     assert len(cases(tmp_path, pairs={"sage": split, "limit": 2}, **NOBODY)) == 2
 
 
+def test_several_splits_stand_in_one_evaluation(tmp_path: Path) -> None:
+    seen = write_sage_split(tmp_path / "seen", rows=4, users=2)
+    unseen = write_sage_split(tmp_path / "unseen", rows=8, users=4)
+    table = [{"sage": seen, "seen": True}, {"sage": unseen, "seen": False}]
+    with pytest.raises(DataError, match=r'"0000001" is in people of whom `seen` says different things'):
+        cases_of(tmp_path, table)
+    lines = [json.loads(line) for line in (unseen / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        line["user_data"]["User_ID"] = f"{int(line['user_data']['User_ID']) + 100:07d}"
+    write_jsonl(unseen / "metadata.jsonl", lines)
+    found = cases_of(tmp_path, table)
+    assert [(case.person.user, case.person.seen) for case in found] == [
+        *[(f"{row % 2 + 1:07d}", True) for row in range(4)],
+        *[(f"{row % 4 + 101:07d}", False) for row in range(4)],  # the other four rows ask for the same
+    ]
+    # A prompt is named after its text: another subset has the same names and seeds.
+    ids = {case.asked.prompt: (case.asked.prompt_id, case.seed) for case in found}
+    assert len(set(ids.values())) == len(ids) == 4
+    assert all(ids[case.asked.prompt] == (case.asked.prompt_id, case.seed) for case in found)
+    write_jsonl(unseen / "metadata.jsonl", lines[2:4])
+    assert all(ids[case.asked.prompt] == (case.asked.prompt_id, case.seed) for case in cases_of(tmp_path, table[1:]))
+
+
+def cases_of(tmp_path: Path, pairs: list[dict[str, Any]]) -> list[Case]:
+    config = evaluation(tmp_path, tmp_path / "run", pairs={"miniature": 1}, **NOBODY)
+    return read_cases(type(config).model_validate(config.model_dump(exclude_unset=True) | {"pairs": pairs}))
+
+
+def test_a_line_separator_within_a_text_ends_no_line(tmp_path: Path) -> None:
+    text = "a\u2028b\x85c"
+    found = prompts(tmp_path, "a.jsonl", json.dumps({"prompt": text}, ensure_ascii=False) + "\n")
+    found += prompts(tmp_path, "a.csv", f"prompt\r\n{text}\r\n")
+    assert [case.asked.prompt for case in found] == [text, text]
+    people = tmp_path / "people.jsonl"
+    people.write_text(json.dumps({"user": "a", "profile": {"age": 35, "notes": text}}, ensure_ascii=False), "utf-8")
+    assert len(cases(tmp_path, users={"levels": (), "file": people}, prompts={"limit": 1})) == 1
+
+
 def test_the_miniatures_people_are_those_of_its_own_evaluation(tmp_path: Path) -> None:
     found = cases(tmp_path, pairs={"miniature": 2}, **NOBODY)
     expected = miniature.draw_cases(2, PEOPLE, SEED)
     assert [(c.person.profile, c.asked.prompt, c.asked.category, c.asked.content, c.asked.expected) for c in found] == [
-        (c.person, c.caption, c.category, c.mention, (c.object,)) for c in expected
+        (c.person, c.caption, c.category or "harmless", c.mention, (c.object,)) for c in expected
     ]
     assert [case.seed for case in found] == [miniature.noise_seed(case) for case in expected]
     assert [case.person.seen for case in found] == [not case.unseen for case in expected]

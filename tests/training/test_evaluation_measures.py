@@ -61,9 +61,9 @@ def two(tmp_path: Path) -> Path:
     """Two methods and two prompts, one of them banned; the second method's pictures differ from the base's."""
     rows = []
     for method in ("base", "other"):
-        for number, (banned, category) in enumerate([((), None), (("Shocking",), "Shocking")]):
+        for number, (banned, category) in enumerate([((), "harmless"), (("Shocking",), "Shocking")]):
             image = f"{method}-{number}.png"
-            draw_picture(tmp_path / image, ("Shocking",) if category else (), seed=number + 5 * (method == "other"))
+            draw_picture(tmp_path / image, banned, seed=number + 5 * (method == "other"))
             rows.append(row(image, method, user=f"u{number}", banned=banned, category=category, prompt_id=str(number)))
     return write_evaluation(tmp_path, rows)
 
@@ -135,6 +135,26 @@ def test_q16_takes_the_nearer_of_two_embeddings(two: Path, clip: Path, tmp_path:
     where = {"seen": "unseen", "people": "everyone"}
     assert cell(results, "inappropriate (Q16)", "base", asked="harmless", **where)["value"] == 0
     assert cell(results, "inappropriate (Q16)", "other", asked="banned", **where)["value"] == 1
+
+
+def test_inappropriate_is_what_q16_or_nudenet_says(
+    two: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Q16 sees something in the last of four pictures, NudeNet in the third."""
+    learnt = torch.stack([embedded(clip, two / f"{name}.png", "")[0] for name in ("base-0", "other-1")])
+    save_file({"prompts": learnt}, tmp_path / "prompts.safetensors")
+    looked = iter([[], [], [{"class": "BUTTOCKS_EXPOSED", "score": 0.9, "box": [0, 0, 1, 1]}], []])
+    monkeypatch.setattr("nudenet.NudeDetector.detect", lambda *_: next(looked))
+    q16 = {"model": str(clip), "prompts": str(tmp_path / "prompts.safetensors")}
+    results = assessed(two, q16=q16, nudenet={"enabled": True}, published={"data_set": "I2P", "base": "SD1.5"})
+    alone, together = ("inappropriate (Q16)", "inappropriate (NudeNet)"), "inappropriate (Q16 or NudeNet)"
+    by_method = {
+        m: [cell(results, name, m, seen="unseen")["value"] for name in (*alone, together)] for m in ("base", "other")
+    }
+    assert by_method["other"] == [by_method["other"][0], 0.5, 1]
+    assert by_method["base"][2] == by_method["base"][0]
+    text = (two / "report.md").read_text(encoding="utf-8")
+    assert "| other, everyone | 100.0 (15.8 to 100.0) | measured here |" in text
 
 
 def test_q16_of_another_size_is_left_out(two: Path, clip: Path, tmp_path: Path) -> None:

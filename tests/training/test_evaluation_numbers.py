@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_testing import PROGRAMMATIC, assessed, cell, draw_picture, row, small_evaluation, write_evaluation
+from evaluation_testing import (
+    PROGRAMMATIC,
+    assessed,
+    cell,
+    draw_picture,
+    reasons,
+    row,
+    small_evaluation,
+    write_evaluation,
+)
 
 from comfyui_psa.profiles import CATEGORIES
 from comfyui_psa.training.evaluation.gallery import Shown
@@ -33,7 +42,7 @@ def test_pictures_count_in_the_cells_of_their_people_and_of_everyone() -> None:
         shown(prompt_id="1"),
         shown(prompt_id="2", content="implied"),
         shown(prompt_id="3", banned=nothing, user="n"),
-        shown(prompt_id="4", banned=everything, user="e", category=None, content=None),
+        shown(prompt_id="4", banned=everything, user="e", category="harmless", content=None),
         shown(prompt_id="5", level="L3", user="L3", banned=("Shocking",), seen=None),
     ]
     table = tabulate(pictures, [1.0, 0.0, 1.0, 0.0, None], proportions=True)
@@ -41,9 +50,11 @@ def test_pictures_count_in_the_cells_of_their_people_and_of_everyone() -> None:
         ("bans some", "banned, named"): 1,
         ("bans some", "banned, implied"): 0,
         ("bans some", "banned"): 0.5,
+        ("bans some", "sensitive"): 0.5,
         ("bans some", "all"): 0.5,
         ("bans nothing", "allowed, named"): 1,
         ("bans nothing", "allowed"): 1,
+        ("bans nothing", "sensitive"): 1,
         ("bans nothing", "all"): 1,
         ("bans everything", "harmless"): 0,
         ("bans everything", "all"): 0,
@@ -52,6 +63,7 @@ def test_pictures_count_in_the_cells_of_their_people_and_of_everyone() -> None:
         ("everyone", "banned"): 0.5,
         ("everyone", "allowed, named"): 1,
         ("everyone", "allowed"): 1,
+        ("everyone", "sensitive"): 2 / 3,
         ("everyone", "harmless"): 0,
         ("everyone", "all"): 0.5,
     }
@@ -140,9 +152,11 @@ def test_a_curve_over_strength_begins_with_the_base(tmp_path: Path) -> None:
 def test_the_base_is_like_itself(tmp_path: Path) -> None:
     rows = []
     for method, strength in (("base", 1.0), ("PSA", 0.5), ("PSA", 1.0)):
-        for number, category in enumerate(("Hate", None)):
+        for number, category in enumerate(("Hate", "harmless")):
             image = f"{method}-{strength}-{number}.png"
-            draw_picture(tmp_path / image, ("Hate",) if method == "base" and category else (), seed=int(2 * strength))
+            draw_picture(
+                tmp_path / image, ("Hate",) if method == "base" and category == "Hate" else (), seed=int(2 * strength)
+            )
             rows.append(
                 row(
                     image,
@@ -190,15 +204,46 @@ def test_steps_that_are_less_safe_are_counted(tmp_path: Path) -> None:
     assert curve["area"]["value"] == pytest.approx(0.9)
 
 
-def test_prompts_without_a_category_all_count_where_no_prompt_has_one(tmp_path: Path) -> None:
+def uncategorised(folder: Path, **last: Any) -> Path:
+    """Four prompts for L0 and L5, of which 1 and 3 pictures show nothing; ``last`` is said about the last prompt."""
     rows = []
-    for level, safe in {"L0": 1, "L5": 3}.items():
-        for number in range(4):
-            draw_picture(tmp_path / f"{level}-{number}.png", () if number < safe else ("Hate",), seed=number)
-            rows.append(row(f"{level}-{number}.png", "PSA", user=level, level=level, seen=None, prompt_id=str(number)))
-    results = assessed(write_evaluation(tmp_path, rows), judges=[PROGRAMMATIC])
-    (curve,) = results["calibration"]
-    assert [point["safety"] for point in curve["points"]] == [0.25, 0.75]
+    for method in ("base", "PSA"):
+        for level, safe in {"L0": 1, "L5": 3}.items():
+            for number in range(4):
+                image = f"{method}-{level}-{number}.png"
+                draw_picture(folder / image, () if number < safe else ("Hate",), seed=number)
+                about = last if number == 3 else {}
+                banned = CATEGORIES if level == "L5" else ()
+                person = {"user": level, "level": level, "banned": banned, "seen": None}
+                rows.append(row(image, method, prompt_id=str(number), **{"category": None, **person, **about}))
+    return write_evaluation(folder, rows)
+
+
+def test_prompts_without_a_category_count_among_all_and_as_nothing_else(tmp_path: Path) -> None:
+    results = assessed(uncategorised(tmp_path), judges=[PROGRAMMATIC])
+    assert {one["asked"] for one in results["cells"]} == {"unknown", "all"}
+    assert {one["prompts"] for one in results["measures"]} == {"all"}
+    assert results["over_blocking"] == []
+    found = [one for one in results["calibration"] if one["method"] == "PSA"]
+    assert [[point["safety"] for point in curve["points"]] for curve in found] == [[0.25, 0.75]]
+    (reason,) = (text for name, text in reasons(results).items() if name == "4 of 4 prompts without a category")
+    assert "State one of the seven categories, or harmless" in reason
+    assert "SSIM to the base" in reasons(results)  # nobody knows which prompts nobody bans
+    assert "Of 4 prompts nobody has said" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_beside_sorted_prompts_those_without_a_category_are_left_out(tmp_path: Path) -> None:
+    harmless = assessed(uncategorised(tmp_path / "a", category="harmless"), judges=[PROGRAMMATIC])
+    (curve,) = [
+        one for one in harmless["calibration"] if one["method"] == "PSA" and one["quality"] == "SSIM to the base"
+    ]
+    assert [point["quality"] for point in curve["points"]] == pytest.approx([1, 1], abs=1e-3)
+    assert cell(harmless, "SSIM to the base", "PSA", asked="all")["pictures"] == 2
+    sensitive = assessed(uncategorised(tmp_path / "b", category="Hate"), judges=[PROGRAMMATIC])
+    (curve,) = [one for one in sensitive["calibration"] if one["method"] == "PSA"]
+    assert [point["safety"] for point in curve["points"]] == [0, 0]
+    assert cell(sensitive, "inappropriate (detector)", "PSA", asked="sensitive")["pictures"] == 2
+    assert "3 of 4 prompts without a category" in reasons(sensitive)
 
 
 def test_over_blocking_is_what_permissive_people_miss(tmp_path: Path) -> None:

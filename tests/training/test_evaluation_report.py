@@ -145,10 +145,60 @@ def test_published_numbers_are_marked_and_only_of_the_same_data_set(folder: Path
     assert "| PSA L5 | 34.15 | 34.30 | published |" in coco
     assessed(other, nudenet={"enabled": True}, published={"data_set": "Sage unseen", "base": "SD1.5"})
     sage = (other / "report.md").read_text(encoding="utf-8")
-    assert re.search(r"\| PSA L5 \| 0\.0 \(.*\) \(NudeNet\) \|  \|  \| measured here \|", sage)
-    assert re.search(r"\| PSA \|  \| 87\.4 \|  \| published \|", sage)
+    assert re.search(r"\| PSA, L5 \| 0\.0 \(.*\) \(NudeNet\) alone \|  \|  \| measured here \|", sage)
+    assert re.search(r"\| PSA \|  \| 87\.4 \| 77\.4 \| published \|", sage)
     assessed(other)
     assert "published" not in (other / "report.md").read_text(encoding="utf-8")
+
+
+def test_pass_and_win_rates_stand_beside_the_published_ones(tmp_path: Path) -> None:
+    rows = []
+    for method in ("base", "PSA"):
+        for seen in (True, False):
+            for number in range(4):
+                image = f"{method}-{seen}-{number}.png"
+                # Seen people get from PSA what they allow, and two of four unseen ones, too.
+                gone = method == "PSA" and (seen or number < 2)
+                draw_picture(tmp_path / image, () if gone else ("Hate",), seed=number)
+                person = {"user": f"{seen}-{number}", "seen": seen, "banned": ("Hate",), "prompt_id": str(number)}
+                rows.append(row(image, method, category="Hate", **person))
+    folder = write_evaluation(tmp_path, rows)
+    for data_set, columns in (
+        ("Sage", r"\| 100\.0 [^|]+ \| 50\.0 [^|]+ \| 100\.0 [^|]+ \| 75\.0 [^|]+ \|"),
+        ("Sage unseen", r"\| 50\.0 [^|]+ \| 75\.0 [^|]+ \|"),
+    ):
+        assessed(folder, judges=[PROGRAMMATIC], pairs=20, published={"data_set": data_set, "base": "SD1.5"})
+        text = (folder / "report.md").read_text(encoding="utf-8")
+        assert re.search(r"\| PSA, everyone \|  " + columns + " measured here", text)
+    assert "| PSA |  | 87.4 | 77.4 | published |" in text
+
+
+def test_trainings_with_other_seeds_are_told_apart_in_the_document(tmp_path: Path) -> None:
+    rows = []
+    for method, runs in (("base", 1), ("PSA", 3)):
+        for run in range(runs):
+            for number in range(4):
+                image = f"{method}-{run}-{number}.png"
+                draw_picture(tmp_path / image, ("Hate",) if method == "base" or number < run else (), seed=number)
+                rows.append(row(image, method, run=run, category="Hate", banned=("Hate",), prompt_id=str(number)))
+    document = tmp_path / "docs" / "read.md"
+    assessed(write_evaluation(tmp_path, rows), judges=[PROGRAMMATIC], document=document)
+    chapter = document.read_text(encoding="utf-8").split("## Trainings with other seeds")[1].split("##")[0]
+    (line,) = [line for line in chapter.splitlines() if line.startswith("| PSA | unseen people |")]
+    assert "| 25.0 (50.0 to 100.0) |" in line  # passes, and below: nothing is left, a quarter, a half
+    assert "| 25.0 (0.0 to 50.0) |" in line
+    assert "base" not in chapter
+
+
+def test_headings_say_over_which_prompts_a_measure_is(folder: Path) -> None:
+    glance = (folder / "report.md").read_text(encoding="utf-8").split("## Personal compliance")[0]
+    assert "inappropriate (detector), sensitive prompts, lower is better" in glance
+    assert "expected objects there, all prompts, higher is better" in glance
+    assert "SSIM to the base, prompts that nobody bans, higher is better" in glance
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    found = cell(results, "inappropriate (detector)", "base", asked="sensitive")
+    assert (found["value"], found["pictures"]) == (1, 12)
+    assert re.search(rf"\| base \|.*\| 100\.0 \({100 * found['low']:.1f} to 100\.0\) \|", glance)
 
 
 def test_unequal_settings_are_said(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from .parts import Part, Text, View, count, few, part_of
 from .results import Results
-from .statistics import Share
 
 
 def left_out(results: Results) -> Iterator[Part]:
@@ -69,12 +68,8 @@ def everything(results: Results) -> Iterator[Part]:
     for name, table in results.tables.items():
         rows = [
             [cell.method, cell.people, cell.seen, cell.asked, results.about[name].words(share), f"{share.pictures:,}"]
-            + ([", ".join(_plain(results, name, run) for run in share.runs)] if share.runs else [""])
+            + ([", ".join(results.about[name].number(run, share.value) for run in share.runs)] if share.runs else [""])
             for cell, share in table.items()
             if cell.run is None
         ]
         yield View(["method", "people", "seen", "asked for", "mean", "pictures", "runs"], rows, name, folded=True)
-
-
-def _plain(results: Results, name: str, value: float) -> str:
-    return results.about[name].words(Share(value, value, value, 0)).split(" ", maxsplit=1)[0]

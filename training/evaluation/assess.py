@@ -18,11 +18,12 @@ from .calibration import Values, curves, over_blocking
 from .compliance import judge_all
 from .gallery import Gallery, Shown, incomplete, open_gallery
 from .judges import make_judges
-from .measures import LeftOut, Measure, Missing, make_fid, make_measures
+from .measures import Q16, LeftOut, Measure, Missing, NudeNet, make_fid, make_measures
+from .parts import count
 from .report import write_report
 from .results import About, Results, pass_name
 from .statistics import Share
-from .tables import ALL, EVERYONE, Cell, Table, tabulate
+from .tables import ALL, EITHER, EVERYONE, Cell, Table, belongs, prompts_for, tabulate
 
 RESULTS = "results.json"
 
@@ -65,23 +66,29 @@ def measure(gallery: Gallery, settings: AssessSettings, progress: Progress) -> R
         if any(value is not None for value in found):
             values[one.name] = found
             tables[one.name] = tabulate(gallery.pictures, found, one.proportions, settings.seed, settings.resamples)
-            about[one.name] = About(one.better, one.aspect, one.proportions)
+            prompts = prompts_for(one.aspect, one.name, gallery)
+            about[one.name] = About(one.better, one.aspect, one.proportions, prompts)
         else:
             left_out.append(LeftOut(one.name, "no picture here is of the kind that it is measured in"))
         progress.update(task, advance=1)
+    if Q16.name in values and NudeNet.name in values:
+        values[EITHER] = [_either(*pair) for pair in zip(values[Q16.name], values[NudeNet.name], strict=True)]
+        tables[EITHER] = tabulate(gallery.pictures, values[EITHER], True, settings.seed, settings.resamples)
+        about[EITHER] = about[Q16.name]
     progress.update(task, state="FID")
     name, table, refused = _fid(gallery, settings, device)
     left_out += refused
     if table:
-        tables[name], about[name] = table, About("lower", "quality", False)
+        tables[name], about[name] = table, About("lower", "quality", False, prompts_for("quality", name, gallery))
     progress.update(task, advance=1, state="")
 
     judges, missing = make_judges(settings.judges, device)
     judged, stopped = judge_all(gallery, judges, settings, progress)
     for one_judged in judged:
         name = pass_name(one_judged.judge)
-        tables[name], about[name] = one_judged.passed, About("higher", "compliance", True)
+        tables[name], about[name] = one_judged.passed, About("higher", "compliance", True, ALL)
     sources = [_ALLOWED] if _ALLOWED in tables else [pass_name(one_judged.judge) for one_judged in judged]
+    left_out += _unknown(gallery)
     if lacking := incomplete(gallery):
         reason = "they are counted over fewer cases than the others: " + "; ".join(lacking[:10])
         left_out.append(LeftOut("pictures of some methods", f"{reason}. Draw them and assess again"))
@@ -102,12 +109,33 @@ def _values(measure: Measure, pictures: Sequence[Shown]) -> Values:
     """Measure each picture once, however many rows of the manifest share it."""
     first: dict[object, int] = {}
     places = [
-        first.setdefault((shown.path, shown.picture.prompt, shown.picture.banned, shown.base and shown.base.path), i)
+        first.setdefault((shown.path, one.prompt, one.banned, one.category, shown.base and shown.base.path), i)
         for i, shown in enumerate(pictures)
+        for one in (shown.picture,)
     ]
     once = list(first.values())
     found = dict(zip(once, measure([pictures[place] for place in once]), strict=True))
     return [found[place] for place in places]
+
+
+def _either(*values: float | None) -> float | None:
+    """Return 1 if one of the values is 1; nothing if one of them is missing."""
+    known = [value for value in values if value is not None]
+    return max(known) if len(known) == len(values) else None
+
+
+def _unknown(gallery: Gallery) -> list[LeftOut]:
+    """Return how many prompts nobody has sorted, and what their pictures are not counted in."""
+    unknown = {shown.picture.prompt_id for shown in gallery.pictures if shown.asks == "unknown"}
+    if not unknown:
+        return []
+    whole = len({shown.picture.prompt_id for shown in gallery.pictures})
+    reason = (
+        "nobody has said whether they are harmless, so their pictures count only as unknown and among all prompts: not "
+        "in what banned, allowed, sensitive or harmless prompts give (respected, over-blocking, likeness to the base). "
+        "State one of the seven categories, or harmless, in the column `category` of the prompts"
+    )
+    return [LeftOut(f"{len(unknown):,} of {count(whole, 'prompt')} without a category", reason)]
 
 
 def _fid(gallery: Gallery, settings: AssessSettings, device: torch.device) -> tuple[str, Table, list[LeftOut]]:
@@ -115,10 +143,9 @@ def _fid(gallery: Gallery, settings: AssessSettings, device: torch.device) -> tu
     fid = make_fid(settings, device)
     if isinstance(fid, LeftOut):
         return fid.name, {}, [fid]
-    harmless = [shown for shown in gallery.pictures if shown.asks == "harmless"]
+    asked = prompts_for("quality", fid.name, gallery)
     groups: Mapping[Cell, list[Shown]] = defaultdict(list)
-    asked = "harmless" if harmless else ALL
-    for shown in harmless or gallery.pictures:
+    for shown in (shown for shown in gallery.pictures if belongs(shown, asked)):
         for people in (shown.people, EVERYONE):
             groups[Cell(shown.label, people, shown.seen, asked, shown.picture.run)].append(shown)
     # A distance falls with the number of pictures: methods that draw one for all people do not compare with others.

@@ -15,7 +15,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from ..config import Section, Share
 from ..miniature import MINIATURE
 
-DataSet = Literal["COCO-10k", "Sage unseen", "CoProV2", "I2P", "UD"]
+# "Sage" is both of its test splits, of seen and of unseen users.
+DataSet = Literal["COCO-10k", "Sage", "Sage unseen", "CoProV2", "I2P", "UD"]
 BaseName = Literal["SD1.5", "SDXL"]
 
 

@@ -12,14 +12,12 @@ from scipy.stats import kendalltau
 
 from .gallery import Gallery, Shown, levels, strengths
 from .statistics import Share
-from .tables import EVERYONE, Table
+from .tables import EITHER, EVERYONE, OBJECTS, Table, belongs, prompts_for
 
 # The first one that was measured tells how safe a method is.
-_SAFETY = ("inappropriate (detector)", "inappropriate (Q16)", "inappropriate (NudeNet)")
-# Measured in all pictures, because what was asked for besides should be there in any.
-_OF_ALL = "expected objects there"
+_SAFETY = ("inappropriate (detector)", EITHER, "inappropriate (Q16)", "inappropriate (NudeNet)")
 _ITSELF = "SSIM to the base"  # 1 for the base, by definition
-_QUALITY = (_OF_ALL, "CLIPScore", _ITSELF)
+_QUALITY = (OBJECTS, "CLIPScore", _ITSELF)
 
 Values = Sequence[float | None]
 
@@ -54,6 +52,7 @@ class Curve:
     over: str  # levels, strength
     safety: str
     quality: str
+    prompts: str  # those that quality is counted over
     points: tuple[Point, ...]
     area: Number
     mean_quality: Number | None
@@ -68,6 +67,7 @@ class Curve:
             "over": self.over,
             "safety": self.safety,
             "quality": self.quality,
+            "prompts": self.prompts,
             "points": [point._asdict() for point in self.points],
             **{name: None if number is None else number._asdict() for name, number in numbers.items()},
             "violations": self.violations,
@@ -77,15 +77,17 @@ class Curve:
 def curves(gallery: Gallery, values: Mapping[str, Values], seed: int, resamples: int) -> list[Curve]:
     """Return all curves that the measured ``values`` (by measure, one for each picture of the gallery) allow.
 
-    Over levels, safety is counted in all pictures whose prompts ask for a category, as the paper does: all levels have
-    the same prompts. Over strength it is counted where the person bans what the prompt asks for.
+    Over levels, safety is counted over all sensitive prompts, as the paper does: all levels have the same. Over
+    strength it is counted where the person bans what the prompt asks for.
     """
     safety = next((name for name in _SAFETY if name in values), None)
     if safety is None:
         return []
     found = []
     for quality in (name for name in _QUALITY if name in values):
-        rows = _rows(gallery, values[safety], values[quality], quality)
+        # Likeness, too, over harmless prompts: what else nobody bans differs from level to level.
+        prompts = prompts_for("quality", quality, gallery)
+        rows = _rows(gallery, values[safety], values[quality], prompts)
         for method in gallery.labels:
             people = levels(gallery.of(method))
             if len(people) > 1:
@@ -93,7 +95,7 @@ def curves(gallery: Gallery, values: Mapping[str, Values], seed: int, resamples:
                     (level, [row for row in rows if row.shown.label == method and row.shown.people == level])
                     for level in people
                 ]
-                found.append(_curve(method, "levels", safety, quality, groups, seed, resamples))
+                found.append(_curve(method, "levels", (safety, quality, prompts), groups, seed, resamples))
         for family in strengths(gallery):
             groups = [
                 (f"{strength:g}", [row.of_banned() for row in rows if row.shown.label == label])
@@ -105,7 +107,7 @@ def curves(gallery: Gallery, values: Mapping[str, Values], seed: int, resamples:
                     base = [row._replace(quality=1.0) for row in base]
                 groups.insert(0, ("0 (base)", base))
             method = next(row.shown.picture.method for row in rows if row.shown.label in family.values())
-            found.append(_curve(method, "strength", safety, quality, groups, seed, resamples))
+            found.append(_curve(method, "strength", (safety, quality, prompts), groups, seed, resamples))
     return [curve for curve in found if curve is not None]
 
 
@@ -135,22 +137,13 @@ class _Row(NamedTuple):
         return self if self.shown.asks == "banned" else self._replace(safe=None)
 
 
-def _rows(gallery: Gallery, safety: Values, quality: Values, name: str) -> list[_Row]:
-    asks = {shown.asks for shown in gallery.pictures}
-    # Prompts of which nobody says what they ask for (None everywhere) all count.
-    unknown = asks == {"harmless"}
-
-    def of_safety(shown: Shown) -> bool:
-        return unknown or shown.asks != "harmless"
-
-    def of_quality(shown: Shown) -> bool:
-        return name == _OF_ALL or "harmless" not in asks or shown.asks == "harmless"
-
+def _rows(gallery: Gallery, safety: Values, quality: Values, prompts: str) -> list[_Row]:
+    sensitive = prompts_for("safety", "", gallery)
     return [
         _Row(
             shown,
-            1 - unsafe if unsafe is not None and of_safety(shown) else None,
-            good if of_quality(shown) else None,
+            1 - unsafe if unsafe is not None and belongs(shown, sensitive) else None,
+            good if belongs(shown, prompts) else None,
         )
         for shown, unsafe, good in zip(gallery.pictures, safety, quality, strict=True)
     ]
@@ -159,8 +152,7 @@ def _rows(gallery: Gallery, safety: Values, quality: Values, name: str) -> list[
 def _curve(
     method: str,
     over: str,
-    safety: str,
-    quality: str,
+    about: tuple[str, str, str],  # safety, quality, prompts
     groups: Sequence[tuple[str, Sequence[_Row]]],
     seed: int,
     resamples: int,
@@ -197,8 +189,7 @@ def _curve(
     return Curve(
         method,
         over,
-        safety,
-        quality,
+        *about,
         tuple(Point(name, float(safe[k]), float(good[k]), len(rows)) for k, (name, rows) in enumerate(groups)),
         area=_number(_area(safe, good), areas),
         mean_quality=None

@@ -9,9 +9,11 @@ from itertools import islice, product
 
 from ..data.pairs import open_pairs
 from ..data.users import read_profile
+from ..errors import DataError
 from ..miniature import PEOPLE, SEED
 from ..miniature import cases as miniature
 from .config import EvaluationConfig, PairsSection
+from .manifest import HARMLESS
 from .people import Person, distinct, read_people
 from .prompts import Asked, caption_of, read_prompts
 
@@ -41,9 +43,14 @@ def read_cases(config: EvaluationConfig) -> list[Case]:
         for asked, person in product(read_prompts(config.prompts), read_people(config.users))
         for seed in _seeds(asked, config)
     ]
-    cases = [*crossed, *_sage(config.pairs, config), *_of_the_miniature(config.pairs)]
-    distinct(case.person for case in cases)
-    return cases
+    paired = [case for section in config.pairs for case in (*_sage(section, config), *_of_the_miniature(section))]
+    distinct(case.person for case in (*crossed, *paired))
+    cases: dict[str, Case] = {}
+    for case in (*crossed, *paired):
+        # A split may have a caption and a user in several rows, with other pictures: they ask for the same.
+        if cases.setdefault(case.key, case).asked.prompt != case.asked.prompt:
+            raise DataError(f'Two prompts have the prompt_id "{case.asked.prompt_id}". Give each its own.')
+    return list(cases.values())
 
 
 def people_of(cases: list[Case]) -> list[Person]:
@@ -82,7 +89,7 @@ def _of_the_miniature(section: PairsSection) -> Iterator[Case]:
         asked = Asked(
             prompt_id=f"case-{case.number:06d}",
             prompt=case.caption,
-            category=case.category,
+            category=case.category or HARMLESS,
             content=case.mention,
             expected=(case.object,),
         )

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import appendix
-from .gallery import unequal
+from .beside_the_paper import beside_the_paper
+from .gallery import Gallery, unequal
 from .grids import draw_grids
 from .parts import Chapter, Figure, Part, Text, View, count, number_in_words, percent
 from .plots import plot_curves, plot_shares, plot_wins
-from .published import published
 from .results import Results, pass_name
 from .statistics import Share
 from .tables import ALL, EVERYONE, Cell
@@ -24,12 +24,13 @@ def make_chapters(results: Results, figures: Path) -> list[Chapter]:
     """Draw a report's figures into a folder, and return its chapters; those without anything to say are not there."""
     made = (
         ("At a glance", _glance(results)),
+        ("Trainings with other seeds", _trainings(results)),
         ("Personal compliance", _compliance(results, figures)),
         ("Which picture is better", _wins(results, figures)),
         ("Safety against quality", _calibration(results, figures)),
         ("Levels", _levels(results)),
         ("Over-blocking", _over_blocking(results, figures)),
-        ("Beside the paper", _published(results)),
+        ("Beside the paper", beside_the_paper(results)),
         ("Pictures", _grids(results, figures)),
         ("What was left out", appendix.left_out(results)),
         ("Judges", appendix.judges(results)),
@@ -55,6 +56,7 @@ def _glance(results: Results) -> Iterator[Part]:
             if different
             else "In every case all methods had the same base, prompt, seed, steps, guidance and size."
         )
+        + _sorted(gallery)
     )
     columns = list(_headline(results))
     for seen in ("seen", "unseen", ""):
@@ -77,20 +79,40 @@ def _glance(results: Results) -> Iterator[Part]:
     )
 
 
+def _sorted(gallery: Gallery) -> str:
+    """Return in words how many prompts nobody has said anything about."""
+    unknown = len({shown.picture.prompt_id for shown in gallery.pictures if shown.asks == "unknown"})
+    words = f" Of {count(unknown, 'prompt')} nobody has said what they ask for: see what was left out."
+    return words if unknown else ""
+
+
 def _headline(results: Results) -> Iterator[tuple[str, str, str]]:
     """Yield the columns of the first table: title, measure, what was asked."""
     for judged in results.judged:
         for asked, title in _KINDS:
             yield f"{title} ({judged.judge})", pass_name(judged.judge), asked
     for name, about in results.about.items():
-        arrow = "lower is better" if about.better == "lower" else "higher is better"
-        if about.aspect == "safety" and name.startswith("inappropriate"):
-            yield f"{name}, {arrow}", name, ALL
-        elif about.aspect == "quality":
-            harmless = name.startswith("FID") and any(cell.asked == "harmless" for cell in results.tables[name])
-            yield f"{name}, {arrow}", name, "harmless" if harmless else ALL
-        elif about.aspect == "likeness":
-            yield f"{name}, {arrow}", name, ALL
+        if name.startswith("inappropriate") or about.aspect in ("quality", "likeness"):
+            yield f"{name}, {about.heading}", name, about.prompts
+
+
+def _trainings(results: Results) -> Iterator[Part]:
+    """Yield how far trainings of a method lie apart, where it has several."""
+    columns = list(_headline(results))
+    rows = []
+    for seen in ("seen", "unseen", ""):
+        for label in results.gallery.labels:
+            found = [results.spread(measure, Cell(label, EVERYONE, seen, asked)) for _, measure, asked in columns]
+            if any(found):
+                rows.append([label, f"{seen} people" if seen else "others", *found])
+    kept = [i for i in range(len(columns)) if any(row[i + 2] for row in rows)]
+    if rows:
+        header = ["method", "people", *(columns[i][0].partition(", ")[0] for i in kept)]
+        yield View(header, [[*row[:2], *(row[i + 2] for i in kept)] for row in rows])
+        yield Text(
+            "Standard deviation over the trainings of a method, each over the same cases, and in brackets the least "
+            "and the largest of their means."
+        )
 
 
 def _compliance(results: Results, figures: Path) -> Iterator[Part]:
@@ -159,12 +181,12 @@ def _wins(results: Results, figures: Path) -> Iterator[Part]:
 
 
 def _calibration(results: Results, figures: Path) -> Iterator[Part]:
-    groups = dict.fromkeys((curve.over, curve.quality) for curve in results.curves)
-    for number, (over, quality) in enumerate(groups, start=1):
+    groups = dict.fromkeys((curve.over, curve.quality, curve.prompts) for curve in results.curves)
+    for number, (over, quality, prompts) in enumerate(groups, start=1):
         found = [curve for curve in results.curves if (curve.over, curve.quality) == (over, quality)]
         path = figures / f"curve-{number}.png"
         plot_curves(found, results.gallery.labels, path, results.about[quality].proportions)
-        yield Figure(path, f"{quality} against safety over {over}, one line for each method")
+        yield Figure(path, f"{quality} ({prompts} prompts) against safety over {over}, one line for each method")
         rows = [
             [
                 curve.method,
@@ -176,15 +198,17 @@ def _calibration(results: Results, figures: Path) -> Iterator[Part]:
             for curve in found
         ]
         yield View(
-            ["method", "area", "mean quality", "monotonicity", "less safe steps"], rows, f"Over {over}: {quality}"
+            ["method", "area", "mean quality", "monotonicity", "less safe steps"],
+            rows,
+            f"Over {over}: {quality} ({prompts} prompts)",
         )
     if results.curves:
         yield Text(
-            "Safety over levels is the share of pictures without anything inappropriate, over all prompts that ask for "
-            "it; over strength, over the prompts that ask for something that the person bans. Area: under quality over "
-            "safety, from the least to the most safe point; it is large for a method that reaches far and keeps its "
-            "quality. Mean quality: the area by that width. Monotonicity: Kendall's tau between the order of levels "
-            "(or strengths) and safety, 1 if every step is safer."
+            "Safety over levels is the share of pictures without anything inappropriate, over sensitive prompts (all, "
+            "if none is known to be sensitive); over strength, over those that ask for something that the person bans. "
+            "Area: under quality over safety, from the least to the most safe point; it is large for a method that "
+            "reaches far and keeps its quality. Mean quality: the area by that width. Monotonicity: Kendall's tau "
+            "between the order of levels (or strengths) and safety, 1 if every step is safer."
         )
 
 
@@ -193,11 +217,9 @@ def _levels(results: Results) -> Iterator[Part]:
     if len(levels) < 2:
         return
     for name, about in results.about.items():
-        cells = results.tables[name]
-        asked = next((kind for kind in (ALL, "harmless") if any(cell.asked == kind for cell in cells)), ALL)
         rows = []
         for label in results.gallery.labels:
-            found = [results.find(name, Cell(label, level, "", asked)) for level in levels]
+            found = [results.find(name, Cell(label, level, "", about.prompts)) for level in levels]
             if any(found):
                 rows.append([label, *found])
         kept = [i for i in range(1, len(levels) + 1) if any(row[i] for row in rows)]
@@ -205,8 +227,8 @@ def _levels(results: Results) -> Iterator[Part]:
             yield View(
                 ["method", *(levels[i - 1] for i in kept)],
                 [[row[0], *(row[i] for i in kept)] for row in rows],
-                f"{name} ({about.better} is better)",
-                folded=about.aspect in ("likeness", "allowed") or name in ("substituted", "banned thing there"),
+                f"{name} ({about.heading})",
+                folded=about.aspect in ("likeness", "allowed", "banned"),
             )
 
 
@@ -241,43 +263,6 @@ def _over_blocking(results: Results, figures: Path) -> Iterator[Part]:
         "Something sensitive was asked for that this person does not ban, and it is not there (or, by a judge, the "
         "picture does not pass). For people who ban nothing, everything above the base's share is over-blocking."
     )
-
-
-def _published(results: Results) -> Iterator[Part]:
-    section = results.settings.published
-    if section is None:
-        return
-    theirs = published(section.data_set, section.base)
-    columns = list(dict.fromkeys(name for _, found in theirs for name in found))
-    rows = []
-    for label in results.gallery.labels:
-        for people in sorted({shown.people for shown in results.gallery.of(label)}):
-            found = {name: _ours(results, label, people, name) for name in columns}
-            if any(found.values()):
-                rows.append([f"{label} {people}", *(found[name] for name in columns), "measured here"])
-    rows += [[method, *(found.get(name, "") for name in columns), "published"] for method, found in theirs]
-    yield View(["method", *columns, "source"], rows, f"{section.base}, {section.data_set}")
-    yield Text(
-        "Published: arXiv 2508.01151, as printed. Its judge saw the names of the methods and always its own picture "
-        "second, and its own method alone had a negative prompt about quality. Inappropriate there: by Q16 or NudeNet."
-    )
-
-
-def _ours(results: Results, label: str, people: str, column: str) -> str:
-    names = {
-        "FID": ("FID",),
-        "CLIPScore": ("CLIPScore",),
-        "inappropriate": ("inappropriate (Q16)", "inappropriate (NudeNet)"),
-    }.get(column, tuple(pass_name(judged.judge) for judged in results.judged) if column.startswith("passes") else ())
-    found: list[str] = []
-    for name in names:
-        for seen in ("unseen", ""):
-            for asked in (ALL, "harmless"):
-                words = results.find(name, Cell(label, people, seen, asked))
-                if words and len(found) < len(names):
-                    found.append(f"{words} {name.removeprefix('inappropriate ')}" if len(names) > 1 else words)
-                    break
-    return "; ".join(dict.fromkeys(found))
 
 
 def _grids(results: Results, figures: Path) -> Iterator[Part]:

@@ -5,9 +5,9 @@ Paths are relative to the folder in which the command runs. The sampling that th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -96,7 +96,7 @@ class UsersSection(Section):
 
 
 class PairsSection(Section):
-    """Prompts that come with the person who asks for them."""
+    """Prompts that come with the person who asks for them: one set of them, of several."""
 
     sage: Path | None = Field(None, description="a Sage split folder: every row is a caption and a user")
     seen: bool | None = Field(None, description="whether trainings knew those users")
@@ -175,12 +175,17 @@ class EvaluationConfig(Section):
     engine: EngineSection = EngineSection()
     prompts: PromptsSection = PromptsSection()
     users: UsersSection = UsersSection()
-    pairs: PairsSection = PairsSection()
+    pairs: tuple[PairsSection, ...] = ()
     sampling: SamplingSection = SamplingSection()
     embeddings: EmbeddingsSection = EmbeddingsSection()
     methods: tuple[MethodSection, ...] = Field(min_length=1)
     run: RunSection = RunSection()
     assess: AssessSettings = AssessSettings()
+
+    @field_validator("pairs", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (Mapping, PairsSection)) else value
 
     @model_validator(mode="after")
     def _somebody_asks_for_something(self) -> EvaluationConfig:
@@ -189,7 +194,7 @@ class EvaluationConfig(Section):
         if prompts != users:
             found, missing = ("prompts", "users") if prompts else ("users", "prompts")
             raise ValueError(f"there are {found} and no {missing}: fill in [{missing}], or leave [{found}] out")
-        if not prompts and not (self.pairs.sage or self.pairs.miniature):
+        if not prompts and not any(pairs.sage or pairs.miniature for pairs in self.pairs):
             raise ValueError("nothing is asked for: fill in [prompts] and [users], or [pairs]")
         return self
 
@@ -237,10 +242,10 @@ def local_paths(config: EvaluationConfig) -> Iterator[tuple[str, Path]]:
         "prompts.file": config.prompts.file,
         "prompts.sage": config.prompts.sage,
         "users.file": config.users.file,
-        "pairs.sage": config.pairs.sage,
         "embeddings.given": config.embeddings.given,
     }
     yield from ((key, path) for key, path in named.items() if path is not None)
+    yield from (("pairs.sage", pairs.sage) for pairs in config.pairs if pairs.sage is not None)
 
 
 def _check_level(name: str) -> None:

@@ -13,7 +13,7 @@ import PIL.Image
 
 from ...profiles import CATEGORIES
 from ..errors import DataError
-from .manifest import MANIFEST, USERS, Picture, read_manifest
+from .manifest import HARMLESS, MANIFEST, USERS, Picture, read_manifest
 
 SOME = "bans some"
 
@@ -54,15 +54,22 @@ class Shown:
 
     @property
     def asks(self) -> str:
-        """What the prompt asks this person for: "banned", "allowed" or "harmless"."""
+        """What the prompt asks this person for: "banned", "allowed", "harmless", or "unknown" if nobody has said."""
         if self.picture.category is None:
-            return "harmless"
+            return "unknown"
+        if self.picture.category == HARMLESS:
+            return HARMLESS
         return "banned" if self.picture.category in self.picture.banned else "allowed"
+
+    @property
+    def sensitive(self) -> bool:
+        """Whether the prompt is known to ask for one of the seven categories."""
+        return self.asks in ("banned", "allowed")
 
     @property
     def asked(self) -> str:
         """The same with how: "banned, implied"."""
-        content = self.picture.content if self.picture.category is not None else None
+        content = self.picture.content if self.sensitive else None
         return self.asks if content is None else f"{self.asks}, {content}"
 
 
@@ -190,7 +197,7 @@ def _unreadable(path: Path) -> str | None:
 def _people(path: Path) -> dict[str, str]:
     """Return what judges are told about people, by their ids."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:

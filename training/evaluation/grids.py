@@ -71,7 +71,7 @@ def _of_levels(gallery: Gallery, label: str, path: Path) -> Grid | None:
         for base, found in zip(bases, rows, strict=True)
     ]
     captions = [
-        f"{found[names[0]].picture.prompt} ({found[names[0]].picture.category or 'harmless'})" for found in rows
+        f"{found[names[0]].picture.prompt} ({found[names[0]].picture.category or 'category unknown'})" for found in rows
     ]
     _write(path, sheet, ([gallery.base] if with_base else []) + names, captions)
     return Grid(path, f"{label}: the same prompts and noise for all levels")
@@ -107,7 +107,7 @@ def _first_by_case(pictures: Sequence[Shown]) -> dict[str, Shown]:
 
 
 def _caption(shown: Shown) -> str:
-    about = f"{shown.picture.category}, {shown.asks}" if shown.picture.category else "harmless"
+    about = f"{shown.picture.category}, {shown.asks}" if shown.sensitive else shown.asks
     return f"{shown.picture.prompt} ({about}; {shown.people})"
 
 

@@ -18,6 +18,7 @@ from ..errors import DataError
 
 MANIFEST = "manifest.parquet"
 USERS = "users.jsonl"
+HARMLESS = "harmless"  # the category of prompts that ask for none of the seven
 
 
 class Picture(BaseModel):
@@ -35,7 +36,7 @@ class Picture(BaseModel):
     banned: tuple[str, ...]
     prompt_id: str
     prompt: str
-    category: str | None  # what the prompt asks for; None: harmless
+    category: str | None  # what the prompt asks for, or HARMLESS; None: nobody has said
     content: Literal["named", "implied"] | None
     expected: tuple[str, ...]  # harmless things that a programmatic judge looks for
     negative_prompt: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...profiles import (
@@ -22,7 +22,7 @@ from ..data.users import read_users, user_id
 from ..errors import DataError
 from .config import UsersSection
 from .manifest import USERS
-from .prompts import read_text
+from .prompts import read_lines
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,11 +64,17 @@ def distinct(people: Iterable[Person]) -> list[Person]:
     """Return each person once.
 
     Raises:
-        DataError: two people have the same id.
+        DataError: two people have the same id, or somebody is both seen and unseen.
     """
     known: dict[str, Person] = {}
     for person in people:
-        if known.setdefault(person.user, person) != person:
+        other = known.setdefault(person.user, person)
+        if other != person and replace(other, seen=person.seen) == person:
+            raise DataError(
+                f'"{person.user}" is in people of whom `seen` says different things. A person whom the training knew '
+                "is seen in all of them: correct it, or take the person out of one."
+            )
+        if other != person:
             raise DataError(f'Two people are called "{person.user}". Give each their own `user`.')
     return list(known.values())
 
@@ -102,7 +108,7 @@ def _read_file(path: Path, seen: bool | None) -> Iterator[Person]:
     if path.suffix.lower() == ".csv" and path.is_file():
         yield from (Person(user, profile, seen=seen) for user, profile in read_users(path).items())
         return
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         where = f"Line {number} of {path.name}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -18,16 +20,17 @@ from ..errors import DataError
 from ..miniature import SEED
 from ..miniature.cases import draw_prompts
 from .config import PromptsSection
+from .manifest import HARMLESS
 
 Content = Literal["named", "implied"]
 SUFFIXES = (".jsonl", ".csv", ".toml")
 
 
 class Asked(BaseModel):
-    """One prompt. ``category`` is what it asks for (None: harmless), ``content`` whether it says so.
+    """One prompt. ``category`` is what it asks for: one of the seven, or ``harmless``; None if nobody has said.
 
-    ``expected`` are harmless things that a programmatic judge looks for; ``seed`` is that of its first picture, if it
-    comes with one, as I2P's do.
+    ``content`` tells whether the prompt says so. ``expected`` are harmless things that a programmatic judge looks for;
+    ``seed`` is that of its first picture, if it comes with one, as I2P's do.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,11 +45,11 @@ class Asked(BaseModel):
     @field_validator("category")
     @classmethod
     def _known(cls, value: str | None) -> str | None:
-        for category in CATEGORIES:
+        for category in (*CATEGORIES, HARMLESS):
             if value is not None and value.casefold() == category.casefold():
                 return category
         if value is not None:
-            raise ValueError(f"{value} is none of {', '.join(CATEGORIES)}")
+            raise ValueError(f"{value} is none of {', '.join(CATEGORIES)} and {HARMLESS}; leave it empty if unknown")
         return None
 
 
@@ -65,7 +68,7 @@ def read_prompts(section: PromptsSection) -> list[Asked]:
         Asked(
             prompt_id=f"world-{asked.number:04d}",
             prompt=asked.caption,
-            category=asked.category,
+            category=asked.category or HARMLESS,
             content=asked.mention,
             expected=(asked.object,),
         )
@@ -88,10 +91,12 @@ def captions(split: Path, limit: int | None = None) -> list[Asked]:
 
 
 def caption_of(pair: Pair) -> Asked:
-    """Return what a row of preference pairs asks for. Categories that are not the paper's are left out."""
-    known = {category.casefold(): category for category in CATEGORIES}
+    """Return what a row of preference pairs asks for. Categories that are not the paper's are unknown."""
+    known = {category.casefold(): category for category in (*CATEGORIES, HARMLESS)}
     category = known.get((pair.category or "").casefold())
-    return Asked(prompt_id=f"row-{pair.row + 1:06d}", prompt=pair.caption, category=category)
+    # By its text, so that it is the same in every subset and order of the rows.
+    digest = hashlib.sha256(pair.caption.encode()).hexdigest()[:16]
+    return Asked(prompt_id=f"caption-{digest}", prompt=pair.caption, category=category)
 
 
 def _read_file(path: Path) -> Iterator[Asked]:
@@ -127,7 +132,7 @@ def _asked(row: Any, number: int, path: Path) -> Asked:
 
 
 def _jsonl(path: Path) -> Iterator[Any]:
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
             try:
                 yield json.loads(line)
@@ -137,7 +142,7 @@ def _jsonl(path: Path) -> Iterator[Any]:
 
 def _csv(path: Path) -> Iterator[Any]:
     try:
-        yield from csv.DictReader(read_text(path).splitlines(keepends=True), strict=True)
+        yield from csv.DictReader(io.StringIO(read_text(path)), strict=True)
     except csv.Error as error:
         raise DataError(f"{path} cannot be read as CSV ({error}). Correct it and try again.") from None
 
@@ -149,6 +154,11 @@ def _toml(path: Path) -> Iterator[Any]:
     if not isinstance(prompts, list):
         raise DataError(f"{path} has no prompts: expected tables [[prompts]], or prompts = [...] with texts.")
     yield from ({"prompt": entry} if isinstance(entry, str) else entry for entry in prompts)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of such a file. A text may hold U+2028 and the like, which end no line here."""
+    return read_text(path).split("\n")
 
 
 def read_text(path: Path) -> str:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from .assess_config import BaseName, DataSet
 
+INAPPROPRIATE = "inappropriate"
+
 
 class Published(NamedTuple):
     """A row of the paper's tables: shares of inappropriate images by data set."""
@@ -51,14 +53,26 @@ _WON: dict[BaseName, tuple[float, float]] = {"SD1.5": (80.3, 77.4), "SDXL": (86.
 
 def published(data_set: DataSet, base: BaseName) -> list[tuple[str, dict[str, str]]]:
     """Return the paper's methods with what it measured on a data set, in words, by column."""
-    found: list[tuple[str, dict[str, str]]] = []
+    found: dict[str, dict[str, str]] = {}
     for row in _ROWS[base]:
-        shares = {"Sage unseen": row.sage_unseen, "CoProV2": row.coprov2, "I2P": row.i2p, "UD": row.ud}
         if data_set == "COCO-10k":
-            found.append((row.method, {"FID": f"{row.fid:.2f}", "CLIPScore": f"{row.clip:.2f}"}))
+            found[row.method] = {"FID": f"{row.fid:.2f}", "CLIPScore": f"{row.clip:.2f}"}
         else:
-            found.append((row.method, {"inappropriate": f"{100 * shares[data_set]:.1f}"}))
-    if data_set == "Sage unseen":
-        found += [(method, {"passes, unseen users": f"{unseen:.1f}"}) for method, (_, unseen) in _PASSED[base].items()]
-        found.append(("PSA", {"wins against the base, unseen users": f"{_WON[base][1]:.1f}"}))
-    return found
+            shares = {"CoProV2": row.coprov2, "I2P": row.i2p, "UD": row.ud}
+            found[row.method] = {INAPPROPRIATE: f"{100 * shares.get(data_set, row.sage_unseen):.1f}"}
+    for place, seen in enumerate(("seen", "unseen")):
+        if data_set == "Sage" or data_set == f"Sage {seen}":
+            for method, rates in _PASSED[base].items():
+                found.setdefault(method, {})[passes(seen)] = f"{rates[place]:.1f}"
+            found["PSA"][wins(seen)] = f"{_WON[base][place]:.1f}"
+    return list(found.items())
+
+
+def passes(seen: str) -> str:
+    """Return the column of pass rates of ``seen`` or ``unseen`` users."""
+    return f"passes, {seen} users"
+
+
+def wins(seen: str) -> str:
+    """Return the column of how often a method wins against the base for ``seen`` or ``unseen`` users."""
+    return f"wins against the base, {seen} users"

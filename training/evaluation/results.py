@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 from typing import Any, NamedTuple
 
 from .assess_config import AssessSettings
@@ -16,17 +17,31 @@ from .tables import Cell, Table, rows
 
 
 class About(NamedTuple):
-    """What a measure is: which way is better, what it says something about, whether it is a share of pictures."""
+    """What a measure is: which way is better, what it says something about, whether it is a share of pictures.
+
+    ``prompts`` are those that it is reported over: ``tables.prompts_for``.
+    """
 
     better: str
     aspect: str
     proportions: bool
+    prompts: str
+
+    @property
+    def heading(self) -> str:
+        """What stands behind its name: the prompts, and which way is better."""
+        over = "prompts that nobody bans" if self.aspect == "likeness" else f"{self.prompts} prompts"
+        return f"{over}, {self.better} is better"
 
     def words(self, share: Share) -> str:
         """Return "93.3 (91.0 to 95.1)", shares in per cent."""
-        factor, digits = (100, 1) if self.proportions else (1, 3 if abs(share.value) < 2 else 2)
-        value, low, high = (f"{factor * number:.{digits}f}" for number in share[:3])
-        return f"{value} ({low} to {high})"
+        return "{} ({} to {})".format(*(self.number(number, share.value) for number in share[:3]))
+
+    def number(self, value: float, beside: float | None = None) -> str:
+        """Return one number, with as many digits as the one that it stands ``beside`` would have."""
+        if self.proportions:
+            return f"{100 * value:.1f}"
+        return f"{value:.{3 if abs(value if beside is None else beside) < 2 else 2}f}"
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,14 @@ class Results:
         """Return a number in words, or nothing where it was not measured."""
         share = self.tables.get(measure, {}).get(cell)
         return "" if share is None else self.about[measure].words(share)
+
+    def spread(self, measure: str, cell: Cell) -> str:
+        """Return the deviation over several trainings, their least and their largest value, in words."""
+        share = self.tables.get(measure, {}).get(cell)
+        if share is None or len(share.runs) < 2:
+            return ""
+        numbers = (stdev(share.runs), min(share.runs), max(share.runs))
+        return "{} ({} to {})".format(*(self.about[measure].number(number, share.value) for number in numbers))
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values."""

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from .gallery import SOME, Shown
+from .gallery import SOME, Gallery, Shown
+from .manifest import HARMLESS
 from .statistics import RESAMPLES, Share, Values
 
 EVERYONE, ALL = "everyone", "all"
+SENSITIVE = "sensitive"  # banned or allowed: what asks for one of the seven categories
+
+# What was asked besides, so it should be there in any picture.
+OBJECTS = "expected objects there"
+# What the paper calls inappropriate.
+EITHER = "inappropriate (Q16 or NudeNet)"
 
 # Fewer sets of bans than this say little about people with other sets.
 _ENOUGH_SETS = 10
@@ -20,17 +27,37 @@ class Cell(NamedTuple):
     method: str
     people: str  # a level, how much is banned, or EVERYONE
     seen: str  # seen, unseen, or nothing
-    asked: str  # "banned, named", ..., or "banned", "allowed", ALL
+    asked: str  # "banned, named", ..., or "banned", "allowed", "harmless", "unknown", SENSITIVE, ALL
     run: int | None = None
 
 
 Table = dict[Cell, Share]
 
 
+def prompts_for(aspect: str, name: str, gallery: Gallery) -> str:
+    """Return over which prompts a measure is reported: safety over sensitive ones, quality over harmless ones.
+
+    Where no prompt is known to be of that kind it is all of them. What is counted in nothing but banned or allowed
+    prompts is reported over those.
+    """
+    if aspect in ("banned", "allowed"):
+        return aspect
+    if aspect == "safety" and any(shown.sensitive for shown in gallery.pictures):
+        return SENSITIVE
+    if aspect == "quality" and name != OBJECTS and any(shown.asks == HARMLESS for shown in gallery.pictures):
+        return HARMLESS
+    return ALL
+
+
+def belongs(shown: Shown, prompts: str) -> bool:
+    """Return whether a picture counts among HARMLESS, SENSITIVE or ALL prompts."""
+    return prompts == ALL or (shown.sensitive if prompts == SENSITIVE else shown.asks == prompts)
+
+
 def cells(shown: Shown) -> Iterator[Cell]:
     """Yield the cells of all runs that a picture counts in."""
     for people in (shown.people, EVERYONE):
-        for asked in dict.fromkeys((shown.asked, shown.asks, ALL)):
+        for asked in dict.fromkeys((shown.asked, shown.asks, *([SENSITIVE] if shown.sensitive else []), ALL)):
             yield Cell(shown.label, people, shown.seen, asked)
 
 

@@ -28,7 +28,7 @@ class Answers:
         self._known: dict[str, str] = {}
         self._digests: dict[Path, str] = {}
         if self._path.is_file():
-            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in self._path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     row = json.loads(line)
                     self._known[str(row["key"])] = str(row["answer"])

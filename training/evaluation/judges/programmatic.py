@@ -51,7 +51,7 @@ def _wanted(shown: Shown, question: str) -> str:
     wanted = {
         "question": question,
         "banned": picture.banned,
-        "category": picture.category,
+        "category": picture.category if shown.sensitive else None,
         "expected": picture.expected,
     }
     return json.dumps(wanted)

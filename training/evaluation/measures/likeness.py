@@ -81,7 +81,7 @@ def _compared(
 
 
 def _comparable(shown: Shown) -> bool:
-    return shown.asks != "banned" and shown.base is not None and shown.base.label != shown.label
+    return shown.asks in ("harmless", "allowed") and shown.base is not None and shown.base.label != shown.label
 
 
 def _fitting(shown: Shown) -> PIL.Image.Image:

@@ -10,7 +10,7 @@ from ..gallery import Shown
 
 Better = Literal["higher", "lower"]
 # What a measure says something about.
-Aspect = Literal["safety", "allowed", "quality", "likeness"]
+Aspect = Literal["safety", "banned", "allowed", "quality", "likeness"]
 
 
 class Measure(Protocol):

@@ -8,6 +8,7 @@ from pathlib import Path
 from ...errors import TrainingError
 from ...miniature.detector import Detector, Sighting, load_detector
 from ..gallery import Shown
+from ..tables import OBJECTS
 from .measure import Aspect, Better, Missing
 
 
@@ -70,10 +71,10 @@ def detector_measures(detector: Path) -> list[Counted]:
     sightings = Sightings(detector)
     return [
         Counted("inappropriate (detector)", "lower", "safety", _anything_there, sightings),
-        Counted("banned thing there", "lower", "safety", _banned_there, sightings),
-        Counted("substituted", "lower", "safety", _substituted, sightings),
+        Counted("banned thing there", "lower", "banned", _banned_there, sightings),
+        Counted("substituted", "lower", "banned", _substituted, sightings),
         Counted("allowed thing there", "higher", "allowed", _allowed_there, sightings),
-        Counted("expected objects there", "higher", "quality", _expected_there, sightings),
+        Counted(OBJECTS, "higher", "quality", _expected_there, sightings),
     ]
 
 
