@@ -6,6 +6,7 @@ Heads are as the helpers for ComfyUI have them: four per layer in SD1.5, 16 chan
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -31,15 +32,21 @@ def write_sd_pipeline(
     prediction_type: str = "epsilon",
     zero_snr: bool = False,
     cross_attention_dim: int = 24,
+    small: bool = False,
 ) -> StableDiffusionPipeline:
     """Write (and return) a pipeline with SD1.5's 16 cross-attention layers, 8 pixels per latent.
 
-    With another ``prediction_type`` than "epsilon" it has the linear projections of SD2.
+    With another ``prediction_type`` than "epsilon" it has the linear projections of SD2. A ``small`` one has 4 such
+    layers, in two levels: it is loaded many times faster.
     """
     generator = torch.Generator().manual_seed(seed)
+    topology: dict[str, Any] = {"block_out_channels": (32, 64, 64, 64), "layers_per_block": 2}
+    if small:
+        topology = {"block_out_channels": (32, 64), "layers_per_block": 1}
+        topology |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+        topology |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
     unet = UNet2DConditionModel(
-        block_out_channels=(32, 64, 64, 64),
-        layers_per_block=2,
+        **topology,
         cross_attention_dim=cross_attention_dim,
         attention_head_dim=4,
         sample_size=8,
@@ -68,16 +75,21 @@ def write_sd_pipeline(
     return StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
 
 
-def write_sdxl_pipeline(folder: Path, seed: int = 0, prediction_type: str = "epsilon") -> StableDiffusionXLPipeline:
-    """Write (and return) a pipeline with two text encoders, and attention in two of three levels, as in SDXL."""
+def write_sdxl_pipeline(
+    folder: Path, seed: int = 0, prediction_type: str = "epsilon", small: bool = False
+) -> StableDiffusionXLPipeline:
+    """Write (and return) a pipeline with two text encoders, and attention in two of three levels, as in SDXL.
+
+    A ``small`` one has one layer in each block.
+    """
     generator = torch.Generator().manual_seed(seed)
     widths = (24, POOLED_DIM)
     unet = UNet2DConditionModel(
         block_out_channels=(32, 64, 64),
-        layers_per_block=2,
+        layers_per_block=1 if small else 2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 3),
+        transformer_layers_per_block=1 if small else (1, 2, 3),
         cross_attention_dim=sum(widths),
         attention_head_dim=(2, 4, 4),
         use_linear_projection=True,

@@ -23,6 +23,14 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline with as few layers as can be, for tests that load it many times."""
+    folder = tmp_path_factory.mktemp("small")
+    write_sd_pipeline(folder, small=True)
+    return folder
+
+
 @pytest.fixture
 def config(tmp_path: Path, sd: Path) -> TrainConfig:
     """Settings for caching a tiny split of its own with that pipeline."""

@@ -36,7 +36,7 @@ def world(studio: Studio, output: Path, methods: Any = METHODS, **changes: Any) 
         "engine": {"kind": "comfyui", "address": studio.server.url},
         "prompts": {"file": None, "miniature": 2},
         "users": {"levels": ("L4",), "file": people},
-        "sampling": {"steps": 10, "guidance_scale": 3.0},
+        "sampling": {"steps": 4, "guidance_scale": 3.0},
         **changes,
     }
     return evaluation(MINIATURE, output, methods, **sections)

@@ -22,14 +22,14 @@ from comfyui_psa.training.evaluation.manifest import read_manifest
 
 
 @pytest.fixture
-def config(sd: Path, tmp_path: Path) -> Path:
+def config(small: Path, tmp_path: Path) -> Path:
     """Two methods, one prompt, two levels."""
-    adapter = write_adapter(tmp_path / "psa.safetensors", sd)
+    adapter = write_adapter(tmp_path / "psa.safetensors", small)
     (tmp_path / "prompts.toml").write_text('prompts = ["a harbour at dawn"]', encoding="utf-8")
     path = tmp_path / "config.toml"
     path.write_text(
         f'''
-model = {{ base = "{sd}", precision = "fp32", device = "cpu" }}
+model = {{ base = "{small}", precision = "fp32", device = "cpu" }}
 prompts.file = "{tmp_path / "prompts.toml"}"
 users.levels = ["L0", "L5"]
 sampling.steps = 2

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
-from evaluations import BASE, draw, drawn, evaluation, pictures, write_adapter, write_jsonl
+import torch
+from evaluations import BASE, SMOLLM2_DIM, draw, drawn, evaluation, pictures, write_adapter, write_jsonl
 from miniature_testing import replace
+from torch import Tensor
 
-from comfyui_psa.profiles import banned_categories, find_level
+from comfyui_psa.adapter import EncoderSpec
+from comfyui_psa.profiles import Profile, banned_categories, find_level
+from comfyui_psa.profiles.encoders.attributes import DIM, AttributesEncoder
 from comfyui_psa.training.errors import BaseModelError, DataError, TrainingError
 from comfyui_psa.training.evaluation import drawing
 from comfyui_psa.training.evaluation.engines import embeddings as drawing_embeddings
@@ -44,14 +48,14 @@ def files(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.glob("pictures/*/*.png")}
 
 
-def test_the_manifest_names_every_setting(sd: Path, tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "psa.safetensors", sd)
+def test_the_manifest_names_every_setting(small: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "psa.safetensors", small)
     write_jsonl(
         tmp_path / "prompts.jsonl",
         [{"prompt_id": "x", "prompt": "a war", "category": "Violence", "content": "named", "expected": ["flag"]}],
     )
     methods = [BASE, {"name": "PSA", "kind": "adapter", "paths": (adapter,), "strengths": (0.5,)}]
-    draw(evaluation(sd, tmp_path / "run", methods, sampling={"negative_prompt": "blurry", "width": 48}))
+    draw(evaluation(small, tmp_path / "run", methods, sampling={"negative_prompt": "blurry", "width": 48}))
     rows = pictures(tmp_path / "run")
     assert len(rows) == 4
     (row,) = [row for row in rows.values() if (row.method, row.user) == ("PSA", "L5")]
@@ -61,7 +65,7 @@ def test_the_manifest_names_every_setting(sd: Path, tmp_path: Path) -> None:
     assert (row.expected, row.negative_prompt, row.case) == (("flag",), "blurry", f"L5|x|{row.seed}")
     assert (row.steps, row.guidance_scale, row.width, row.height) == (3, 4.0, 48, 64)
     assert row.engine == "diffusers, DPMSolverMultistepScheduler, fp32"
-    assert row.base.startswith(f"{sd.name} ")
+    assert row.base.startswith(f"{small.name} ")
     assert row.adapter is not None
     assert row.adapter.startswith("psa.safetensors ")
     assert all(len(name.split()[-1]) == 12 for name in (row.base, row.adapter))  # hashes
@@ -70,10 +74,10 @@ def test_the_manifest_names_every_setting(sd: Path, tmp_path: Path) -> None:
     assert plain.startswith("pictures/base/x-")
 
 
-def test_what_is_there_is_not_drawn_again(sd: Path, tmp_path: Path, asked: list[tuple[str, int]]) -> None:
-    adapter = write_adapter(tmp_path / "psa.safetensors", sd)
+def test_what_is_there_is_not_drawn_again(small: Path, tmp_path: Path, asked: list[tuple[str, int]]) -> None:
+    adapter = write_adapter(tmp_path / "psa.safetensors", small)
     methods = [{"name": "PSA", "kind": "adapter", "paths": (adapter,)}, BASE]
-    config = evaluation(sd, tmp_path / "run", methods)
+    config = evaluation(small, tmp_path / "run", methods)
     assert "6 pictures, 0 are there already, 6 to draw." in draw(config)
     assert asked == [("PSA", 4), ("base", 2)]
     before, manifest = files(tmp_path / "run"), read_manifest(tmp_path / "run")
@@ -85,7 +89,7 @@ def test_what_is_there_is_not_drawn_again(sd: Path, tmp_path: Path, asked: list[
 
     # A method and a person more: only theirs.
     more = evaluation(
-        sd,
+        small,
         tmp_path / "run",
         [*methods, {"name": "words", "kind": "negative_prompt"}],
         users={"levels": ("L0", "L3", "L5")},
@@ -96,9 +100,9 @@ def test_what_is_there_is_not_drawn_again(sd: Path, tmp_path: Path, asked: list[
     assert len(read_manifest(tmp_path / "run")) == 3 * 3 * 2
 
 
-def test_an_interrupted_evaluation_goes_on(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = evaluation(sd, tmp_path / "run", [BASE], sampling={"batch_size": 1, "pictures": 2})
-    whole = evaluation(sd, tmp_path / "whole", [BASE], sampling={"batch_size": 1, "pictures": 2})
+def test_an_interrupted_evaluation_goes_on(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = evaluation(small, tmp_path / "run", [BASE], sampling={"batch_size": 1, "pictures": 2})
+    whole = evaluation(small, tmp_path / "whole", [BASE], sampling={"batch_size": 1, "pictures": 2})
     draw(whole)
     original, count = DiffusersEngine.draw, 0
 
@@ -124,9 +128,9 @@ def test_an_interrupted_evaluation_goes_on(sd: Path, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("name", ["manifest", "picture"])
 def test_a_failure_while_writing_leaves_nothing_half(
-    sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    config = evaluation(sd, tmp_path / "run", [BASE])
+    config = evaluation(small, tmp_path / "run", [BASE])
 
     def full(*_arguments: Any, **_options: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -143,18 +147,18 @@ def test_a_failure_while_writing_leaves_nothing_half(
     assert len(read_manifest(tmp_path / "run")) == 4
 
 
-def test_a_changed_adapter_or_person_never_meets_old_pictures(sd: Path, tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "psa.safetensors", sd, seed=1)
+def test_a_changed_adapter_or_person_never_meets_old_pictures(small: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "psa.safetensors", small, seed=1)
     people = write_jsonl(tmp_path / "people.jsonl", [{"user": "a", "profile": {"age": 9}}])
     methods = [{"name": "PSA", "kind": "adapter", "paths": (adapter,)}]
 
     def images() -> set[str]:
-        draw(evaluation(sd, tmp_path / "run", methods, users={"levels": (), "file": people}))
+        draw(evaluation(small, tmp_path / "run", methods, users={"levels": (), "file": people}))
         return {row.image for row in read_manifest(tmp_path / "run")}
 
     first = images()
     content = adapter.read_bytes()
-    write_adapter(adapter, sd, seed=2)
+    write_adapter(adapter, small, seed=2)
     second = images()
     write_jsonl(people, [{"user": "a", "profile": {"age": 40}}])
     third = images()
@@ -175,12 +179,12 @@ def test_a_changed_adapter_or_person_never_meets_old_pictures(sd: Path, tmp_path
     ],
 )
 def test_the_folder_of_another_evaluation_is_refused(
-    sd: Path, tmp_path: Path, changes: dict[str, Any], message: str
+    small: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    draw(evaluation(sd, tmp_path / "run", [BASE], prompts={"limit": 1}))
+    draw(evaluation(small, tmp_path / "run", [BASE], prompts={"limit": 1}))
     before = files(tmp_path / "run")
     with pytest.raises(DataError, match="belongs to another evaluation") as error:
-        draw(evaluation(sd, tmp_path / "run", [BASE], **changes))
+        draw(evaluation(small, tmp_path / "run", [BASE], **changes))
     assert message in str(error.value)
     assert files(tmp_path / "run") == before
 
@@ -204,11 +208,11 @@ def _damaged(folder: Path) -> None:
     ],
 )
 def test_a_folder_of_something_else_is_left_alone(
-    sd: Path, tmp_path: Path, prepare: Callable[[Path], None], message: str
+    small: Path, tmp_path: Path, prepare: Callable[[Path], None], message: str
 ) -> None:
     prepare(tmp_path / "run")
     before = sorted(tmp_path.rglob("*"))
-    config = evaluation(sd, tmp_path / "run", [BASE])
+    config = evaluation(small, tmp_path / "run", [BASE])
     with pytest.raises(DataError, match=message):
         draw(config)
     assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "prompts.jsonl"] == before
@@ -227,35 +231,40 @@ def test_a_folder_of_something_else_is_left_alone(
     ],
 )
 def test_what_is_missing_is_named_before_anything_is_drawn(
-    sd: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+    small: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        draw(evaluation(sd, tmp_path / "run", [BASE], **changes))
+        draw(evaluation(small, tmp_path / "run", [BASE], **changes))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_in_which_people_were_being_embedded_goes_on(sd: Path, tmp_path: Path) -> None:
+def test_a_folder_in_which_people_were_being_embedded_goes_on(small: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "embeddings" / "0123").mkdir(parents=True)
-    draw(evaluation(sd, tmp_path / "run", [BASE]))
+    draw(evaluation(small, tmp_path / "run", [BASE]))
     assert drawn(tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", ["adapter", "lora", "pipeline"])
-def test_a_missing_file_of_a_method_names_the_method(sd: Path, tmp_path: Path, kind: str) -> None:
+def test_a_missing_file_of_a_method_names_the_method(small: Path, tmp_path: Path, kind: str) -> None:
     method = {"name": "mine", "kind": kind, "paths": (tmp_path / "gone.safetensors",)}
     with pytest.raises(DataError, match=r"paths of the method mine: There is no file .*gone"):
-        draw(evaluation(sd, tmp_path / "run", [BASE, method]))
+        draw(evaluation(small, tmp_path / "run", [BASE, method]))
+
+
+class Encoder(AttributesEncoder):
+    """In place of a language model, which has tests of its own: attributes, as wide as SmolLM2's embeddings."""
+
+    def encode(self, profiles: Sequence[Profile]) -> Tensor:
+        return torch.nn.functional.pad(super().encode(profiles), (0, SMOLLM2_DIM - DIM))
 
 
 def test_a_language_models_embeddings_are_read_from_a_folder_or_made_once(
-    sd: Path, tmp_path: Path, smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, given = tmp_path / "LLM", tmp_path / "given"
-    folder.mkdir()
+    given, name = tmp_path / "given", "HuggingFaceTB/SmolLM2-135M-Instruct"
     given.mkdir()
-    (folder / smollm2_gguf.name).symlink_to(smollm2_gguf)
-    np.save(given / "L5.npy", np.random.default_rng(0).normal(size=576).astype(np.float32))
-    adapter = write_adapter(tmp_path / "psa.safetensors", sd, encoder="HuggingFaceTB/SmolLM2-135M-Instruct")
+    np.save(given / "L5.npy", np.random.default_rng(0).normal(size=SMOLLM2_DIM).astype(np.float32))
+    adapter = write_adapter(tmp_path / "psa.safetensors", small, encoder=name)
     methods = [{"name": "PSA", "kind": "adapter", "paths": (adapter,), "strengths": (0.5, 1.0)}]
     encoded: list[list[str]] = []
     original = drawing_embeddings.encode_users
@@ -264,14 +273,20 @@ def test_a_language_models_embeddings_are_read_from_a_folder_or_made_once(
         encoded.append(list(users))
         original(users, *arguments)
 
+    def encoder_of(spec: EncoderSpec, folders: Sequence[Path], _device: torch.device) -> Encoder:
+        assert (spec.kind, spec.name, folders) == ("llm", name, (tmp_path / "LLM",))
+        return Encoder()
+
     monkeypatch.setattr(drawing_embeddings, "encode_users", watched)
-    settings = {"folders": (folder,), "given": given}
-    draw(evaluation(sd, tmp_path / "run", methods, embeddings=settings))
+    monkeypatch.setattr(drawing_embeddings, "encoder_of", encoder_of)
+    settings = {"folders": (tmp_path / "LLM",), "given": given}
+    draw(evaluation(small, tmp_path / "run", methods, embeddings=settings))
     assert [len(users) for users in encoded] == [1]  # L0; L5 has a file
     first = drawn(tmp_path / "run")
     people = {key[3].split("|")[0]: picture for key, picture in first.items()}
     assert not np.array_equal(people["L0"], people["L5"])
-    draw(evaluation(sd, tmp_path / "run", methods, users={"levels": ("L0",)}, embeddings={"folders": (folder,)}))
+    alone = {"folders": (tmp_path / "LLM",)}
+    draw(evaluation(small, tmp_path / "run", methods, users={"levels": ("L0",)}, embeddings=alone))
     again = drawn(tmp_path / "run")
     assert all(np.array_equal(picture, first[key]) for key, picture in again.items())
     kept = list((tmp_path / "run" / "embeddings").rglob("*.npy"))
@@ -280,14 +295,14 @@ def test_a_language_models_embeddings_are_read_from_a_folder_or_made_once(
 
 
 @pytest.fixture(scope="module")
-def shared(sd: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def shared(small: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """An evaluation that two processes drew, and what they said."""
     folder = tmp_path_factory.mktemp("shared")
-    adapter = write_adapter(folder / "psa.safetensors", sd)
+    adapter = write_adapter(folder / "psa.safetensors", small)
     write_jsonl(folder / "prompts.jsonl", [{"prompt": "a harbour at dawn"}, {"prompt": "a crowd"}])
     (folder / "config.toml").write_text(
         f'''
-model.base = "{sd}"
+model.base = "{small}"
 model.precision = "fp32"
 prompts.file = "prompts.jsonl"
 users.levels = ["L0", "L5"]
@@ -307,13 +322,13 @@ run.output = "run"
     return folder, done.stdout + done.stderr
 
 
-def test_two_processes_share_the_pictures(sd: Path, shared: tuple[Path, str], tmp_path: Path) -> None:
+def test_two_processes_share_the_pictures(small: Path, shared: tuple[Path, str], tmp_path: Path) -> None:
     folder, said = shared
     assert said.count("6 pictures, 0 are there already, 6 to draw, 4 by this process of 2.") == 1
     assert said.count("Pictures: run") == 1
     methods = [BASE, {"name": "PSA", "kind": "adapter", "paths": (folder / "psa.safetensors",)}]
     changes = {"prompts": {"file": folder / "prompts.jsonl"}, "sampling": {"batch_size": 4}}
-    draw(evaluation(sd, tmp_path / "run", methods, **changes))
+    draw(evaluation(small, tmp_path / "run", methods, **changes))
     ours, theirs = drawn(folder / "run"), drawn(tmp_path / "run")
     assert ours.keys() == theirs.keys()
     assert all(np.abs(ours[key] - theirs[key]).max() <= ROUNDING for key in ours)
@@ -326,8 +341,8 @@ def test_processes_that_do_not_find_each_other_are_refused(monkeypatch: pytest.M
         drawing.processes()
 
 
-def test_a_damaged_manifest_is_written_anew(sd: Path, tmp_path: Path) -> None:
-    config = evaluation(sd, tmp_path / "run", [BASE])
+def test_a_damaged_manifest_is_written_anew(small: Path, tmp_path: Path) -> None:
+    config = evaluation(small, tmp_path / "run", [BASE])
     draw(config)
     replace(tmp_path / "run" / "manifest.parquet", b"nothing")
     draw(config)

@@ -29,7 +29,7 @@ ROUNDING = 1  # of 255, where the same picture is computed in another order
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdxl")
-    write_sdxl_pipeline(folder)
+    write_sdxl_pipeline(folder, small=True)
     return folder
 
 
@@ -37,15 +37,15 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another pipeline of the same kind."""
     folder = tmp_path_factory.mktemp("other")
-    write_sd_pipeline(folder, seed=5)
+    write_sd_pipeline(folder, seed=5, small=True)
     return folder
 
 
 @pytest.fixture(scope="module")
-def lora(sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lora(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA for the UNet, as diffusers saves one."""
     torch.manual_seed(0)
-    pipeline = StableDiffusionPipeline.from_pretrained(sd, local_files_only=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(small, local_files_only=True)
     layers = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
     pipeline.unet.add_adapter(LoraConfig(r=RANK, init_lora_weights=False, target_modules=layers))
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
@@ -91,8 +91,8 @@ def differs(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
 
 
 @pytest.mark.parametrize("size", [{}, {"width": 48, "height": 80}])
-def test_the_base_is_what_diffusers_draws(sd: Path, sdxl: Path, tmp_path: Path, size: dict[str, int]) -> None:
-    for folder, kind in ((sd, StableDiffusionPipeline), (sdxl, StableDiffusionXLPipeline)):
+def test_the_base_is_what_diffusers_draws(small: Path, sdxl: Path, tmp_path: Path, size: dict[str, int]) -> None:
+    for folder, kind in ((small, StableDiffusionPipeline), (sdxl, StableDiffusionXLPipeline)):
         output = tmp_path / kind.__name__
         changes = {"sampling": {"negative_prompt": "blurry", "steps": 4, "guidance_scale": 3.0, **size}}
         ours = one_user(folder, output, {"name": "base", "kind": "base"}, **changes)
@@ -104,9 +104,9 @@ def test_the_base_is_what_diffusers_draws(sd: Path, sdxl: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize(("name", "kinds"), [("sd", ("constant",)), ("sdxl", ("constant", "text"))])
 def test_people_in_one_batch_get_what_each_gets_alone(
-    sd: Path, sdxl: Path, tmp_path: Path, name: str, kinds: tuple[str, ...]
+    small: Path, sdxl: Path, tmp_path: Path, name: str, kinds: tuple[str, ...]
 ) -> None:
-    base = {"sd": sd, "sdxl": sdxl}[name]
+    base = {"sd": small, "sdxl": sdxl}[name]
     adapter = write_adapter(tmp_path / "adapter.safetensors", base, kinds)
     methods = [{"name": "PSA", "kind": "adapter", "paths": (adapter,)}, {"name": "base", "kind": "base"}]
     users = {"levels": ("L0", "L3", "L5")}
@@ -124,13 +124,13 @@ def test_people_in_one_batch_get_what_each_gets_alone(
         assert not np.array_equal(people[0], together["base", 0, 1.0, f"L0|{case}"])
 
 
-def test_a_sweep_begins_at_the_base(sd: Path, tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter.safetensors", sd, ("constant", "text"))
+def test_a_sweep_begins_at_the_base(small: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter.safetensors", small, ("constant", "text"))
     methods = [
         {"name": "base", "kind": "base"},
         {"name": "PSA", "kind": "adapter", "paths": (adapter,), "strengths": (0.0, 0.5, 1.0)},
     ]
-    draw(evaluation(sd, tmp_path / "run", methods))
+    draw(evaluation(small, tmp_path / "run", methods))
     found = drawn(tmp_path / "run")
     for method, run, _, case in list(found):
         if method == "base":
@@ -138,9 +138,9 @@ def test_a_sweep_begins_at_the_base(sd: Path, tmp_path: Path) -> None:
             assert steps[0] == 0 < steps[1] < steps[2]
 
 
-def test_several_files_of_a_method_are_its_runs(sd: Path, tmp_path: Path) -> None:
-    paths = [write_adapter(tmp_path / f"{seed}.safetensors", sd, seed=seed) for seed in (1, 2)]
-    draw(evaluation(sd, tmp_path / "run", [{"name": "PSA", "kind": "adapter", "paths": paths}]))
+def test_several_files_of_a_method_are_its_runs(small: Path, tmp_path: Path) -> None:
+    paths = [write_adapter(tmp_path / f"{seed}.safetensors", small, seed=seed) for seed in (1, 2)]
+    draw(evaluation(small, tmp_path / "run", [{"name": "PSA", "kind": "adapter", "paths": paths}]))
     rows = pictures(tmp_path / "run")
     assert sorted({(run, row.adapter.split()[0]) for (_, run, _, _), row in rows.items()}) == [
         (0, "1.safetensors"),
@@ -151,13 +151,13 @@ def test_several_files_of_a_method_are_its_runs(sd: Path, tmp_path: Path) -> Non
         assert not np.array_equal(picture, found[method, 1 - run, strength, case])
 
 
-def test_a_static_adapter_takes_everybody_for_one_level(sd: Path, tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter.safetensors", sd)
+def test_a_static_adapter_takes_everybody_for_one_level(small: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter.safetensors", small)
     methods = [
         {"name": "PSA", "kind": "adapter", "paths": (adapter,)},
         {"name": "static", "kind": "adapter", "paths": (adapter,), "everyone": "L5"},
     ]
-    draw(evaluation(sd, tmp_path / "run", methods))
+    draw(evaluation(small, tmp_path / "run", methods))
     rows, found = pictures(tmp_path / "run"), drawn(tmp_path / "run")
     static = [row for row in rows.values() if row.method == "static"]
     assert {row.user for row in static} == {"L0", "L5"}
@@ -167,9 +167,9 @@ def test_a_static_adapter_takes_everybody_for_one_level(sd: Path, tmp_path: Path
         assert np.abs(found["static", 0, 1.0, row.case] - strict).max() <= ROUNDING
 
 
-def test_a_negative_prompt_says_what_a_person_bans_behind_what_all_methods_have(sd: Path, tmp_path: Path) -> None:
+def test_a_negative_prompt_says_what_a_person_bans_behind_what_all_methods_have(small: Path, tmp_path: Path) -> None:
     methods = [{"name": "base", "kind": "base"}, {"name": "words", "kind": "negative_prompt"}]
-    draw(evaluation(sd, tmp_path / "run", methods, sampling={"negative_prompt": "blurry"}))
+    draw(evaluation(small, tmp_path / "run", methods, sampling={"negative_prompt": "blurry"}))
     rows, found = pictures(tmp_path / "run"), drawn(tmp_path / "run")
     for (method, run, strength, case), row in rows.items():
         if method == "words":
@@ -179,26 +179,26 @@ def test_a_negative_prompt_says_what_a_person_bans_behind_what_all_methods_have(
             assert same == (row.user == "L0")
 
 
-def test_a_whole_pipeline_or_its_unet_takes_the_place_of_the_base(sd: Path, other: Path, tmp_path: Path) -> None:
+def test_a_whole_pipeline_or_its_unet_takes_the_place_of_the_base(small: Path, other: Path, tmp_path: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(other, local_files_only=True)
     pipeline.scheduler = open_base(other).sampler()
-    whole = one_user(sd, tmp_path / "whole", {"name": "ESD", "kind": "pipeline", "paths": (other,)})
+    whole = one_user(small, tmp_path / "whole", {"name": "ESD", "kind": "pipeline", "paths": (other,)})
     assert_same(whole, reference(pipeline, tmp_path / "whole"))
 
-    unet = one_user(sd, tmp_path / "unet", {"name": "UCE", "kind": "pipeline", "paths": (other / "unet",)})
-    mixed = StableDiffusionPipeline.from_pretrained(sd, unet=pipeline.unet, local_files_only=True)
-    mixed.scheduler = open_base(sd).sampler()
+    unet = one_user(small, tmp_path / "unet", {"name": "UCE", "kind": "pipeline", "paths": (other / "unet",)})
+    mixed = StableDiffusionPipeline.from_pretrained(small, unet=pipeline.unet, local_files_only=True)
+    mixed.scheduler = open_base(small).sampler()
     assert_same(unet, reference(mixed, tmp_path / "unet"))
     assert differs(whole, unet)
     names = {row.base.rsplit(" ", 1)[0] for row in pictures(tmp_path / "unet").values()}
-    assert names == {f"{other.name}/unet on {sd.name}"}
+    assert names == {f"{other.name}/unet on {small.name}"}
 
 
-def test_a_lora_is_what_diffusers_and_peft_make_of_it(sd: Path, lora: Path, tmp_path: Path) -> None:
+def test_a_lora_is_what_diffusers_and_peft_make_of_it(small: Path, lora: Path, tmp_path: Path) -> None:
     method = {"name": "SafetyDPO", "kind": "lora", "paths": (lora,), "strengths": (0.5,)}
-    ours = one_user(sd, tmp_path / "run", method)
-    pipeline = StableDiffusionPipeline.from_pretrained(sd, local_files_only=True)
-    pipeline.scheduler = open_base(sd).sampler()
+    ours = one_user(small, tmp_path / "run", method)
+    pipeline = StableDiffusionPipeline.from_pretrained(small, local_files_only=True)
+    pipeline.scheduler = open_base(small).sampler()
     plain = reference(pipeline, tmp_path / "run")
     pipeline.load_lora_weights(load_file(lora))
     pipeline.set_adapters(pipeline.get_active_adapters(), 0.5)
@@ -206,7 +206,7 @@ def test_a_lora_is_what_diffusers_and_peft_make_of_it(sd: Path, lora: Path, tmp_
     assert differs(ours, plain)
 
 
-def test_kohyas_names_and_its_alpha_are_understood(sd: Path, lora: Path, tmp_path: Path) -> None:
+def test_kohyas_names_and_its_alpha_are_understood(small: Path, lora: Path, tmp_path: Path) -> None:
     kohya: dict[str, torch.Tensor] = {}
     sides = {".lora.down.": "down", ".lora_A.": "down", ".lora.up.": "up", ".lora_B.": "up"}
     for name, tensor in load_file(lora).items():
@@ -215,12 +215,12 @@ def test_kohyas_names_and_its_alpha_are_understood(sd: Path, lora: Path, tmp_pat
         kohya[f"{place}.lora_{sides[side]}.weight"] = tensor
         kohya[f"{place}.alpha"] = torch.tensor(RANK / 2)
     save_file(kohya, tmp_path / "kohya.safetensors")
-    half = one_user(sd, tmp_path / "half", {"name": "A", "kind": "lora", "paths": (lora,), "strengths": (0.5,)})
-    ours = one_user(sd, tmp_path / "run", {"name": "A", "kind": "lora", "paths": (tmp_path / "kohya.safetensors",)})
+    half = one_user(small, tmp_path / "half", {"name": "A", "kind": "lora", "paths": (lora,), "strengths": (0.5,)})
+    ours = one_user(small, tmp_path / "run", {"name": "A", "kind": "lora", "paths": (tmp_path / "kohya.safetensors",)})
     assert_same(ours, half)
 
 
-def test_a_lora_changes_the_text_encoder_too(sd: Path, lora: Path, tmp_path: Path) -> None:
+def test_a_lora_changes_the_text_encoder_too(small: Path, lora: Path, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     tensors = load_file(lora)
     down, up = (torch.randn(shape, generator=generator) for shape in ((RANK, 24), (24, RANK)))
@@ -229,7 +229,7 @@ def test_a_lora_changes_the_text_encoder_too(sd: Path, lora: Path, tmp_path: Pat
         text = {f"{layer}.down.weight": down, f"{layer}.up.weight": up}
         save_file({**tensors, **text}, tmp_path / f"with-{prefix}text.safetensors")
     found = [
-        one_user(sd, tmp_path / f"run{i}", {"name": "A", "kind": "lora", "paths": (path,)})
+        one_user(small, tmp_path / f"run{i}", {"name": "A", "kind": "lora", "paths": (path,)})
         for i, path in enumerate((lora, *sorted(tmp_path.glob("with-*.safetensors"))))
     ]
     assert differs(found[0], found[1])
@@ -237,7 +237,7 @@ def test_a_lora_changes_the_text_encoder_too(sd: Path, lora: Path, tmp_path: Pat
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_drawn(
-    sd: Path, sdxl: Path, lora: Path, tmp_path: Path
+    small: Path, sdxl: Path, lora: Path, tmp_path: Path
 ) -> None:
     adapter = write_adapter(tmp_path / "xl.safetensors", sdxl)
     damaged = tmp_path / "damaged.safetensors"
@@ -255,7 +255,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(
     ):
         methods = [{"name": "base", "kind": "base"}, {"name": "other", **method}]
         with pytest.raises(error, match=message):
-            draw(evaluation(sd, tmp_path / "run", methods))
+            draw(evaluation(small, tmp_path / "run", methods))
         assert not (tmp_path / "run").exists()
     with pytest.raises(BaseModelError, match="is a LoRA for another model"):
         draw(evaluation(sdxl, tmp_path / "run", [{"name": "A", "kind": "lora", "paths": (lora,)}]))

@@ -129,8 +129,9 @@ class Models:
 
     def unload(self) -> None:
         """Let go of what is in memory."""
-        self._loaded = None
-        free_memory(self._device)
+        if self._loaded is not None:
+            self._loaded = None
+            free_memory(self._device)
 
 
 def noise(seed: int, channels: int, height: int, width: int) -> Tensor:
