@@ -16,11 +16,11 @@ test: venv frontend browser types
 demo: venv
 	$(BIN)/psa demo --comfyui $(COMFYUI) --output demo_output/levels.png
 
-# The whole protocol on the miniature. A process for each core, with one thread: small models are faster so. It goes on
+# The whole protocol on the miniature. A process for each core that may be used, with one thread: small models are faster so. It goes on
 # where it was interrupted.
 evaluate: venv
 	OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true $(BIN)/python -m torch.distributed.run --standalone \
-	  --nproc_per_node "$$($(BIN)/python -c 'import os; print(os.cpu_count())')" \
+	  --nproc_per_node "$$($(BIN)/python -c 'import os; f = getattr(os, "sched_getaffinity", None); print(len(f(0)) if f else os.cpu_count())')" \
 	  -m comfyui_psa.training evaluate evaluate-miniature --set assess.document=docs/results.md
 
 venv: $(VENV)/.ready runtime

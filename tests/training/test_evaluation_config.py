@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,29 @@ def test_methods_that_make_no_sense_are_refused(tmp_path: Path, methods: str, me
 def test_sections_that_make_no_sense_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluation(tmp_path, tmp_path / "run", **changes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("assess.base_method=bsae",), 'names the method "bsae", which is not there; the nearest is "base"'),
+        (('assess.against=["psa"]',), 'names the method "psa", which is not there; the nearest is "PSA, strength 0.5"'),
+        (('assess.against=["PSA"]',), 'the nearest is "PSA, strength'),
+        (('assess.against=["base", "PSA, strength 0.5", "SLD max", "gone"]',), 'names the method "gone"'),
+    ],
+)
+def test_a_method_to_compare_with_has_to_be_one(tmp_path: Path, overrides: Sequence[str], message: str) -> None:
+    sweep = method(name="PSA", kind="adapter", paths=["a"], strengths=[0.5, 1.0])
+    assert message in problem(tmp_path, LEAST + METHOD + sweep + method(name="SLD", kind="sld"), *overrides)
+
+
+def test_several_sets_of_pairs_are_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('model.base = "sd15"\npairs.miniature = 2\n' + METHOD, encoding="utf-8")
+    assert [pairs.miniature for pairs in load_evaluation(path, ("pairs.miniature=3",)).pairs] == [3]
+    text = '[[pairs]]\nsage = "a"\nseen = true\n[[pairs]]\nsage = "b"\nsean = false\n'
+    said = problem(tmp_path, LEAST + METHOD + text)
+    assert "pairs.sean: there is no such key. Did you mean pairs.seen?" in said
 
 
 def test_what_an_engine_cannot_do_is_refused_at_once(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from evaluations import BASE, SMOLLM2_DIM, draw, drawn, evaluation, pictures, write_adapter, write_jsonl
-from miniature_testing import replace
+from miniature_testing import copied, edit, replace
 from torch import Tensor
 
 from comfyui_psa.adapter import EncoderSpec
@@ -166,6 +166,17 @@ def test_a_changed_adapter_or_person_never_meets_old_pictures(small: Path, tmp_p
     adapter.write_bytes(content)
     write_jsonl(people, [{"user": "a", "profile": {"age": 9}}])
     assert images() == first
+
+
+def test_another_noise_schedule_is_another_base(small: Path, tmp_path: Path) -> None:
+    base = copied(small, tmp_path / small.name)
+    names = {}
+    for value in (0.012, 0.014):
+        edit(base, "scheduler/scheduler_config.json", beta_end=value)
+        draw(evaluation(base, tmp_path / f"run{value}", [BASE], prompts={"limit": 1}, users={"levels": ("L0",)}))
+        (names[value],) = {(row.base, row.image) for row in read_manifest(tmp_path / f"run{value}")}
+    assert names[0.012][0] != names[0.014][0]
+    assert names[0.012][1] != names[0.014][1]
 
 
 @pytest.mark.parametrize(

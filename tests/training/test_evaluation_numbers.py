@@ -17,6 +17,7 @@ from evaluation_testing import (
     small_evaluation,
     write_evaluation,
 )
+from scipy.stats import binomtest, kendalltau
 
 from comfyui_psa.profiles import CATEGORIES
 from comfyui_psa.training.evaluation.gallery import Shown
@@ -95,6 +96,17 @@ def test_shared_prompts_and_shared_sets_of_bans_make_intervals_wider() -> None:
     # Few sets cannot be drawn again: their prompts are.
     few = [shown(prompt_id=str(number), banned=sets[number % 5], user=str(number)) for number in range(200)]
     assert width(few, by_prompt) == pytest.approx(width(own, by_prompt))
+
+
+def test_an_interval_is_never_nothing_where_all_prompts_are_alike() -> None:
+    half = [shown(prompt_id=str(number // 2)) for number in range(20)]
+    share = tabulate(half, [0.0, 1.0] * 10, proportions=True)[Cell("PSA", "everyone", "unseen", "all")]
+    wilson = binomtest(5, 10).proportion_ci(method="wilson")
+    assert (share.value, share.low, share.high) == (0.5, pytest.approx(wilson.low), pytest.approx(wilson.high))
+    for value in (0, 1):
+        exact = binomtest(10 * value, 10).proportion_ci()
+        share = tabulate(half, [float(value)] * 20, proportions=True)[Cell("PSA", "everyone", "unseen", "all")]
+        assert (share.low, share.high) == (pytest.approx(exact.low), pytest.approx(exact.high))
 
 
 def strengths_evaluation(folder: Path) -> Path:
@@ -201,6 +213,7 @@ def test_steps_that_are_less_safe_are_counted(tmp_path: Path) -> None:
     assert curve["violations"] == 1
     # Five of six pairs of levels are in order.
     assert curve["monotonicity"]["value"] == pytest.approx(4 / 6)
+    assert -1 <= curve["monotonicity"]["low"] < 4 / 6 < curve["monotonicity"]["high"] <= 1
     assert curve["area"]["value"] == pytest.approx(0.9)
 
 
@@ -217,6 +230,18 @@ def uncategorised(folder: Path, **last: Any) -> Path:
                 person = {"user": level, "level": level, "banned": banned, "seen": None}
                 rows.append(row(image, method, prompt_id=str(number), **{"category": None, **person, **about}))
     return write_evaluation(folder, rows)
+
+
+def test_levels_that_are_as_safe_as_each_other_are_ties(tmp_path: Path) -> None:
+    rows = []
+    safe = {"L0": 1, "L1": 3, "L2": 3, "L5": 2}
+    for level, count in safe.items():
+        for number in range(4):
+            draw_picture(tmp_path / f"{level}-{number}.png", () if number < count else ("Hate",), seed=number)
+            person = {"user": level, "level": level, "seen": None, "category": "Hate"}
+            rows.append(row(f"{level}-{number}.png", "PSA", prompt_id=str(number), **person))
+    (curve,) = assessed(write_evaluation(tmp_path, rows), judges=[PROGRAMMATIC])["calibration"]
+    assert curve["monotonicity"]["value"] == pytest.approx(kendalltau(range(4), list(safe.values())).statistic)
 
 
 def test_prompts_without_a_category_count_among_all_and_as_nothing_else(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from comfyui_psa.training.errors import DataError, TrainingError
 from comfyui_psa.training.evaluation.assess import assess
 from comfyui_psa.training.evaluation.assess_config import AssessSettings
 from comfyui_psa.training.evaluation.manifest import write_manifest
+from comfyui_psa.training.evaluation.plots import style
 
 
 class Page(HTMLParser):
@@ -201,6 +202,10 @@ def test_headings_say_over_which_prompts_a_measure_is(folder: Path) -> None:
     assert re.search(rf"\| base \|.*\| 100\.0 \({100 * found['low']:.1f} to 100\.0\) \|", glance)
 
 
+def test_many_methods_are_drawn_in_different_ways() -> None:
+    assert len({(colour, line) for colour, _, line in map(style, range(28))}) == 28
+
+
 def test_unequal_settings_are_said(tmp_path: Path) -> None:
     rows = []
     for method, steps in (("base", 10), ("other", 20)):
@@ -264,5 +269,9 @@ def test_settings_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="extra"):
         AssessSettings.model_validate({"fids": {}})
     folder = small_evaluation(tmp_path, prompts=1, methods=("base",))
+    with pytest.raises(TrainingError, match=r'assess\.base_method names the method "bse".*the nearest is "base"'):
+        assessed(folder, base_method="bse")
+    with pytest.raises(TrainingError, match=r'assess\.against names the method "Base".*the nearest is "base"'):
+        assessed(folder, against=["Base"])
     with pytest.raises(TrainingError, match='device = "abacus"'):
         assessed(folder, device="abacus")

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from ...safe_files import DAMAGE, replacing
 from ..errors import TrainingError
 from ..miniature.results import detector_line
-from .assess_config import AssessSettings, ProgrammaticJudge
+from .assess_config import AssessSettings, ProgrammaticJudge, unknown_method
 from .calibration import Values, curves, over_blocking
 from .compliance import judge_all
 from .gallery import Gallery, Shown, incomplete, open_gallery
@@ -38,7 +38,7 @@ def assess(folder: Path, settings: AssessSettings, progress: Progress) -> Path:
 
     Raises:
         DataError: the manifest is missing, damaged or empty, or none of its pictures can be read.
-        TrainingError: the device is not there, or the report cannot be written.
+        TrainingError: the device or a method that the settings name is not there, or the report cannot be written.
     """
     gallery = open_gallery(folder, settings.base_method)
     results = measure(gallery, settings, progress)
@@ -54,6 +54,7 @@ def assess(folder: Path, settings: AssessSettings, progress: Progress) -> Path:
 
 def measure(gallery: Gallery, settings: AssessSettings, progress: Progress) -> Results:
     """Return everything that can be measured in a gallery; what cannot is listed with the reason."""
+    _check_methods(gallery, settings)
     device = _device(settings.device)
     measures, left_out = make_measures(settings, device)
     values: dict[str, Values] = {}
@@ -103,6 +104,15 @@ def measure(gallery: Gallery, settings: AssessSettings, progress: Progress) -> R
         left_out=[*left_out, *missing, *stopped],
         detector=_detector_words(settings),
     )
+
+
+def _check_methods(gallery: Gallery, settings: AssessSettings) -> None:
+    methods = {shown.picture.method for shown in gallery.pictures}
+    if "base_method" in settings.model_fields_set and settings.base_method not in methods:
+        raise TrainingError(f"{unknown_method('base_method', settings.base_method, sorted(methods))}.")
+    for name in settings.against:
+        if name not in gallery.labels:
+            raise TrainingError(f"{unknown_method('against', name, gallery.labels)}.")
 
 
 def _values(measure: Measure, pictures: Sequence[Shown]) -> Values:

@@ -6,6 +6,8 @@ says so.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -109,6 +111,14 @@ class PublishedSection(Section):
     base: BaseName
 
 
+def unknown_method(key: str, name: str, known: Collection[str]) -> str:
+    """Return what to say of a method that is named in the settings and is not there."""
+    begin = [other for other in known if other.casefold().startswith(name.casefold())]  # a strength may be missing
+    alike = difflib.get_close_matches(name.casefold(), [other.casefold() for other in known], n=1, cutoff=0.0)
+    near = begin or [other for other in known if other.casefold() in alike]
+    return f'assess.{key} names the method "{name}", which is not there; the nearest is "{near[0]}"'
+
+
 class AssessSettings(Section):
     """Everything that happens after the pictures exist."""
 
@@ -128,7 +138,9 @@ class AssessSettings(Section):
     singles: NonNegativeInt | None = Field(None, description="pictures of each cell that a judge sees; None: all")
     published: PublishedSection | None = None
     title: str = "Evaluation"
-    document: Path | None = Field(None, description="a second Markdown report, with its pictures in images/ beside it")
+    document: Path | None = Field(
+        None, description="a second Markdown report, with images/ and numbers (JSON) beside it"
+    )
     facts: dict[str, str] = Field({}, description="lines for the report's table of settings, shown as they are")
 
     @field_validator("judges")

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.integrate import trapezoid
-from scipy.stats import kendalltau
 
 from .gallery import Gallery, Shown, levels, strengths
 from .statistics import Share
@@ -184,8 +183,8 @@ def _curve(
     again = sums[:, 0, kept] / sums[:, 1, kept]
     areas = [_area(*pair) for pair in zip(*again, strict=True)]
     widths = [float(np.ptp(one)) for one in again[0]]
-    taus = [_tau(one) for one in again[0]]
-    width, tau = float(np.ptp(safe)), _tau(safe)
+    taus = [float(one) for one in _taus(again[0]) if not np.isnan(one)]
+    width, (tau,) = float(np.ptp(safe)), _taus(safe[None])
     return Curve(
         method,
         over,
@@ -197,7 +196,7 @@ def _curve(
         else _number(
             _area(safe, good) / width, [area / wide for area, wide in zip(areas, widths, strict=True) if wide > 0]
         ),
-        monotonicity=None if tau is None else _number(tau, [one for one in taus if one is not None]),
+        monotonicity=None if np.isnan(tau) else _number(float(tau), taus),
         violations=int((np.diff(safe) < 0).sum()),
     )
 
@@ -207,9 +206,13 @@ def _area(safe: np.ndarray, good: np.ndarray) -> float:
     return float(trapezoid(good[order], safe[order]))
 
 
-def _tau(safe: np.ndarray) -> float | None:
-    tau = float(kendalltau(range(len(safe)), safe).statistic)
-    return None if np.isnan(tau) else tau
+def _taus(safe: np.ndarray) -> np.ndarray:
+    """Return Kendall's tau-b of the order of points and their safety ``[samples, points]``; NaN if all are equal."""
+    first, second = np.triu_indices(safe.shape[1], 1)
+    signs = np.sign(safe[:, second] - safe[:, first])
+    with np.errstate(invalid="ignore"):
+        taus: np.ndarray = signs.sum(1) / np.sqrt(signs.shape[1] * (signs != 0).sum(1))
+    return taus
 
 
 def _number(value: float, again: Sequence[float]) -> Number:

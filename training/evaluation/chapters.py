@@ -7,13 +7,13 @@ from pathlib import Path
 
 from . import appendix
 from .beside_the_paper import beside_the_paper
-from .gallery import Gallery, unequal
+from .gallery import Gallery, is_level, unequal
 from .grids import draw_grids
 from .parts import Chapter, Figure, Part, Text, View, count, number_in_words, percent
 from .plots import plot_curves, plot_shares, plot_wins
 from .results import Results, pass_name
 from .statistics import Share
-from .tables import ALL, EVERYONE, Cell
+from .tables import ALL, EVERYONE, SENSITIVE, Cell
 
 _KINDS = (("banned", "Banned: respected"), ("allowed", "Allowed: respected"), (ALL, "All prompts"))
 
@@ -58,7 +58,7 @@ def _glance(results: Results) -> Iterator[Part]:
         )
         + _sorted(gallery)
     )
-    columns = list(_headline(results))
+    columns = list(headline(results))
     for seen in ("seen", "unseen", ""):
         if not any(shown.seen == seen for shown in gallery.pictures):
             continue
@@ -68,8 +68,8 @@ def _glance(results: Results) -> Iterator[Part]:
             for label in gallery.labels
         ]
         kept = [i for i in range(1, len(columns) + 1) if any(row[i] for row in body)]
-        alone = all(_is_level(shown.people) for shown in gallery.pictures if shown.seen == seen)
-        title = {"seen": "People of the training", "unseen": "People whom no training saw", "": "Levels" * alone}[seen]
+        others = _others(gallery).capitalize()
+        title = {"seen": "People of the training", "unseen": "People whom no training saw", "": others}[seen]
         yield View(
             ["method", *(columns[i - 1][0] for i in kept)], [[row[0], *(row[i] for i in kept)] for row in body], title
         )
@@ -79,6 +79,11 @@ def _glance(results: Results) -> Iterator[Part]:
     )
 
 
+def _others(gallery: Gallery) -> str:
+    """Return what people are called of whom nobody can tell whether a training saw them."""
+    return "levels" if all(is_level(shown.people) for shown in gallery.pictures if not shown.seen) else "others"
+
+
 def _sorted(gallery: Gallery) -> str:
     """Return in words how many prompts nobody has said anything about."""
     unknown = len({shown.picture.prompt_id for shown in gallery.pictures if shown.asks == "unknown"})
@@ -86,7 +91,7 @@ def _sorted(gallery: Gallery) -> str:
     return words if unknown else ""
 
 
-def _headline(results: Results) -> Iterator[tuple[str, str, str]]:
+def headline(results: Results) -> Iterator[tuple[str, str, str]]:
     """Yield the columns of the first table: title, measure, what was asked."""
     for judged in results.judged:
         for asked, title in _KINDS:
@@ -98,13 +103,13 @@ def _headline(results: Results) -> Iterator[tuple[str, str, str]]:
 
 def _trainings(results: Results) -> Iterator[Part]:
     """Yield how far trainings of a method lie apart, where it has several."""
-    columns = list(_headline(results))
+    columns = list(headline(results))
     rows = []
     for seen in ("seen", "unseen", ""):
         for label in results.gallery.labels:
             found = [results.spread(measure, Cell(label, EVERYONE, seen, asked)) for _, measure, asked in columns]
             if any(found):
-                rows.append([label, f"{seen} people" if seen else "others", *found])
+                rows.append([label, f"{seen} people" if seen else _others(results.gallery), *found])
     kept = [i for i in range(len(columns)) if any(row[i + 2] for row in rows)]
     if rows:
         header = ["method", "people", *(columns[i][0].partition(", ")[0] for i in kept)]
@@ -140,7 +145,7 @@ def _by_people(results: Results, measure: str, title: str) -> Iterator[Part]:
     asked = sorted(
         kind
         for kind in kinds
-        if "," in kind or (kind != ALL and not any(other.startswith(f"{kind},") for other in kinds))
+        if "," in kind or (kind not in (ALL, SENSITIVE) and not any(other.startswith(f"{kind},") for other in kinds))
     ) or [ALL]
     rows = []
     for group, seen in people:
@@ -213,7 +218,7 @@ def _calibration(results: Results, figures: Path) -> Iterator[Part]:
 
 
 def _levels(results: Results) -> Iterator[Part]:
-    levels = sorted({cell.people for table in results.tables.values() for cell in table if _is_level(cell.people)})
+    levels = sorted({cell.people for table in results.tables.values() for cell in table if is_level(cell.people)})
     if len(levels) < 2:
         return
     for name, about in results.about.items():
@@ -230,10 +235,6 @@ def _levels(results: Results) -> Iterator[Part]:
                 f"{name} ({about.heading})",
                 folded=about.aspect in ("likeness", "allowed", "banned"),
             )
-
-
-def _is_level(people: str) -> bool:
-    return len(people) == 2 and people.startswith("L")
 
 
 def _over_blocking(results: Results, figures: Path) -> Iterator[Part]:

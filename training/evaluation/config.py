@@ -22,7 +22,7 @@ from pydantic import (
 from ...profiles import ProfileError, find_level
 from ..config import Precision, PredictionType, Section, load_section
 from ..miniature import MINIATURE
-from .assess_config import AssessSettings
+from .assess_config import AssessSettings, unknown_method
 
 MethodKind = Literal["base", "adapter", "negative_prompt", "sld", "lora", "pipeline"]
 Degree = Literal["weak", "medium", "strong", "max"]
@@ -204,6 +204,24 @@ class EvaluationConfig(Section):
         for title in titles:
             if titles.count(title) > 1:
                 raise ValueError(f'two methods are called "{title}": give each its own name')
+        return self
+
+    @model_validator(mode="after")
+    def _methods_are_there(self) -> EvaluationConfig:
+        titles = [title for method in self.methods for title in method.titles()]
+        sweeps = [
+            f"{method.name}, strength {strength:g}"
+            for method in self.methods
+            for strength in method.strengths
+            if len(set(method.strengths)) > 1
+        ]
+        # The name that is nobody's choice may be that of no method.
+        if "base_method" in self.assess.model_fields_set and self.assess.base_method not in titles:
+            raise ValueError(unknown_method("base_method", self.assess.base_method, titles))
+        plain = [title for title in titles if not any(sweep.startswith(f"{title}, strength ") for sweep in sweeps)]
+        for name in self.assess.against:
+            if name not in (*plain, *sweeps):
+                raise ValueError(unknown_method("against", name, (*plain, *sweeps)))
         return self
 
     @model_validator(mode="after")

@@ -37,7 +37,7 @@ from .people import write_people
 from .prompts import missing
 
 FORMAT = "psa_evaluation"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ABOUT = "evaluation.json"
 PICTURES = "pictures"
 _MANIFEST_SECONDS = 60

@@ -106,8 +106,9 @@ def open_gallery(folder: Path, base: str) -> Gallery:
     if not rows:
         raise DataError(f"{folder / MANIFEST} names no picture. Draw some first: psa evaluate CONFIG.")
     about = _people(folder / USERS)
-    unreadable = {row.image: reason for row in rows if (reason := _unreadable(folder / row.image)) is not None}
-    if len(unreadable) == len({row.image for row in rows}):
+    images = dict.fromkeys(row.image for row in rows)
+    unreadable = {image: reason for image in images if (reason := _unreadable(folder / image)) is not None}
+    if len(unreadable) == len(images):
         name, reason = next(iter(unreadable.items()))
         raise DataError(
             f"None of the {len(unreadable)} pictures in {folder / MANIFEST} can be read; the first, {name}: {reason}. "
@@ -166,7 +167,12 @@ def unequal(gallery: Gallery) -> list[str]:
 
 def levels(pictures: Sequence[Shown]) -> list[str]:
     """Return the levels among the people of pictures, the most permissive first."""
-    return sorted({shown.people for shown in pictures if _LEVEL.fullmatch(shown.people)})
+    return sorted({shown.people for shown in pictures if is_level(shown.people)})
+
+
+def is_level(people: str) -> bool:
+    """Return whether a group of people is a level."""
+    return _LEVEL.fullmatch(people) is not None
 
 
 def _made(row: Picture) -> tuple[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def _of_levels(gallery: Gallery, label: str, path: Path) -> Grid | None:
     complete = [found for found in by_prompt.values() if len(found) == len(names)]
     # Prompts about different things, if there are.
     complete.sort(key=lambda found: drawn(found[names[0]].picture.prompt_id))
-    rows = sorted(complete, key=lambda found: _repeats(complete, found, names[0]))[:_ROWS]
+    rows = _in_turns(complete, names[0])[:_ROWS]
     if not rows:
         return None
     bases = [next((found[name].base for name in names if found[name].base is not None), None) for found in rows]
@@ -77,10 +78,15 @@ def _of_levels(gallery: Gallery, label: str, path: Path) -> Grid | None:
     return Grid(path, f"{label}: the same prompts and noise for all levels")
 
 
-def _repeats(rows: Sequence[dict[str, Shown]], row: dict[str, Shown], name: str) -> int:
-    """Return how many rows before this one are about the same category."""
-    before = rows[: rows.index(row)]
-    return sum(other[name].picture.category == row[name].picture.category for other in before)
+def _in_turns(rows: Sequence[dict[str, Shown]], name: str) -> list[dict[str, Shown]]:
+    """Return the rows so that their categories take turns."""
+    turns: Counter[str | None] = Counter()
+    order = []
+    for row in rows:
+        category = row[name].picture.category
+        order.append(turns[category])
+        turns[category] += 1
+    return [row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])]
 
 
 def _chosen(gallery: Gallery) -> list[Shown]:

@@ -18,13 +18,15 @@ from .tables import EVERYONE, Cell
 # Paul Tol's bright scheme, told apart by people who see colours differently; then other marks as well.
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")
 _MARKS = "osD^vPX*"
+_LINES = ("-", "--", ":", "-.")  # one round of colours each
 _SEEN = {"seen": ("#4477aa", "o"), "unseen": ("#ee6677", "D"), "": ("#228833", "s")}
 _WIN, _TIE, _LOSS = "#4477aa", "#dddddd", "#ee6677"
 
 
-def style(number: int) -> tuple[str, str]:
-    """Return the colour and the mark of the n-th method."""
-    return _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)]
+def style(number: int) -> tuple[str, str, str]:
+    """Return the colour, the mark and the line of the n-th method; 28 of them differ in colour or line."""
+    rounds, place = divmod(number, len(_COLOURS))
+    return _COLOURS[place], _MARKS[number % len(_MARKS)], _LINES[rounds % len(_LINES)]
 
 
 def plot_shares(
@@ -82,9 +84,10 @@ def plot_curves(curves: Sequence[Curve], labels: Sequence[str], path: Path, perc
     axes = figure.add_subplot()
     scale = 100 if percent else 1
     for number, curve in enumerate(curves):
-        colour, mark = style(labels.index(curve.method) if curve.method in labels else number)
+        colour, mark, line = style(labels.index(curve.method) if curve.method in labels else number)
         safe, good = [100 * point.safety for point in curve.points], [scale * point.quality for point in curve.points]
-        axes.plot(safe, good, color=colour, marker=mark, markersize=6, linewidth=1.4, alpha=0.85, label=curve.method)
+        look = {"color": colour, "marker": mark, "linestyle": line, "markersize": 6, "linewidth": 1.4, "alpha": 0.85}
+        axes.plot(safe, good, label=curve.method, **look)
         _name_points(axes, curve, safe, good, colour, number)
     axes.set_xlabel("safety: % of pictures without anything inappropriate", fontsize=9)
     axes.set_ylabel(curves[0].quality + (", %" if percent else ""), fontsize=9)

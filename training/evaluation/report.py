@@ -7,6 +7,7 @@ Markdown file may be written for a folder of documents.
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ...safe_files import replacing
-from .chapters import ALL_NUMBERS, make_chapters
+from .chapters import ALL_NUMBERS, headline, make_chapters
 from .parts import Chapter
 from .results import Results
 
@@ -42,12 +43,15 @@ def write_report(folder: Path, results: Results) -> Path:
 
 
 def _write_document(document: Path, results: Results, chapters: list[Chapter], figures: Path) -> None:
-    """Write what people read: without the chapter of all numbers, and with pictures of a palette."""
+    """Write what people read, without the chapter of all numbers; its pictures, of a palette, and numbers beside it."""
     images = document.parent / "images" / document.stem
     images.mkdir(parents=True, exist_ok=True)
     for figure in figures.glob("*.png"):
         with PIL.Image.open(figure) as image, replacing(images / figure.name) as aside:
             image.convert("RGB").quantize(256).save(aside, "PNG", optimize=True)
+    shown = results.shown((measure, asked) for _, measure, asked in headline(results))
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in shown)
+    _write(document.with_suffix(".json"), f"[\n{lines}\n]\n")
     read = [chapter for chapter in chapters if chapter.title != ALL_NUMBERS]
     _write(document, _render("report.md.jinja", results, read, lambda path: f"images/{document.stem}/{path.name}"))
 

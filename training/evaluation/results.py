@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import stdev
 from typing import Any, NamedTuple
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from .assess_config import AssessSettings
 from .calibration import Curve
 from .compliance import Judged
-from .gallery import Gallery
+from .gallery import Gallery, is_level
 from .measures import LeftOut
 from .statistics import Share
-from .tables import Cell, Table, rows
+from .tables import EVERYONE, Cell, Table, rows
 
 
 class About(NamedTuple):
@@ -71,6 +71,15 @@ class Results:
         numbers = (stdev(share.runs), min(share.runs), max(share.runs))
         return "{} ({} to {})".format(*(self.about[measure].number(number, share.value) for number in numbers))
 
+    def shown(self, columns: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+        """Return the numbers of these measures and prompts for everyone, and those of levels, as short rows."""
+        return [
+            {name: _short(value) for name, value in row.items() if name != "run"}
+            for measure, asked in dict.fromkeys(columns)
+            for row in rows(measure, self.tables.get(measure, {}))
+            if row["run"] is None and row["asked"] == asked and (row["people"] == EVERYONE or is_level(row["people"]))
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values."""
         gallery = self.gallery
@@ -88,6 +97,12 @@ class Results:
             "over_blocking": [dict(row) for row in self.over_blocking],
             "detector": self.detector,
         }
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_short(one) for one in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def pass_name(judge: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import norm
 
 RESAMPLES = 2000
 _AT_ONCE = 10_000_000  # drawn numbers in memory
@@ -31,9 +31,9 @@ def share(
 ) -> Share:
     """Return the mean of values and its 95% interval.
 
-    Whole clusters are drawn again (percentile bootstrap); by default every value is one. Where all values are the same
-    there is nothing to draw. For ``proportions`` of 0 or 1 the interval then is Clopper and Pearson's for as many
-    clusters; for other values it is the value itself.
+    Whole clusters are drawn again (percentile bootstrap); by default every value is one. Where all clusters have the
+    same mean there is nothing to draw. For ``proportions`` the interval then is Clopper and Pearson's for as many
+    clusters if they are all 0 or all 1, and else Wilson's; for other values it is the value itself.
     """
     array = np.asarray(values, dtype=float)
     names = list(range(len(array))) if clusters is None else list(clusters)
@@ -41,11 +41,9 @@ def share(
     index = np.array([places[name] for name in names])
     sums, counts = np.bincount(index, array), np.bincount(index)
     mean = float(array.mean())
-    if proportions and np.ptp(array) == 0 and mean in (0.0, 1.0):
-        exact = binomtest(round(mean * len(sums)), len(sums)).proportion_ci()
-        return Share(mean, float(exact.low), float(exact.high), len(array))
     if np.ptp(sums / counts) == 0:
-        return Share(mean, mean, mean, len(array))
+        low, high = _alike(mean, len(sums)) if proportions else (mean, mean)
+        return Share(mean, low, high, len(array))
     # Clusters with the same sum and size are the same to a resample, so it is enough to draw how many of each kind come
     # up: shares of thousands of pictures have a handful of kinds.
     kinds, numbers = np.unique(np.stack((sums, counts), axis=1), axis=0, return_counts=True)
@@ -57,6 +55,17 @@ def share(
     totals = np.concatenate(drawn)
     low, high = np.quantile(totals[:, 0] / totals[:, 1], (0.025, 0.975))
     return Share(mean, float(low), float(high), len(array))
+
+
+def _alike(mean: float, clusters: int) -> tuple[float, float]:
+    """Return the interval of a proportion that is the same in all clusters."""
+    if mean in (0.0, 1.0):  # Clopper and Pearson
+        reach = 0.025 ** (1 / clusters)
+        return (0.0, 1 - reach) if mean == 0 else (reach, 1.0)
+    squared = float(norm.ppf(0.975)) ** 2 / clusters  # Wilson
+    middle = (mean + squared / 2) / (1 + squared)
+    half = (squared * (mean * (1 - mean) + squared / 4)) ** 0.5 / (1 + squared)
+    return middle - half, middle + half
 
 
 class Values:

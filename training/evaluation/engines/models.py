@@ -109,14 +109,13 @@ class Models:
                 )
 
     def name(self, run: Run) -> str:
-        """Return the names of a run's models and a hash of their weights, without a LoRA."""
+        """Return the names of a run's models and a hash of their weights and noise schedule, without a LoRA."""
         parts = self.parts(run)
         base = self._open(parts.base)
-        if parts.unet is None:
-            digests = [base.fingerprint(part) for part in ("unet", "text", "vae")]
-            return f"{_name(parts.base)} {fingerprint([], *digests, base.prediction_type)[:12]}"
-        digests = [fingerprint(unet_files(parts.unet)), base.fingerprint("text"), base.fingerprint("vae")]
-        return f"{_name(parts.unet)} on {_name(parts.base)} {fingerprint([], *digests, base.prediction_type)[:12]}"
+        unet = base.fingerprint("unet") if parts.unet is None else fingerprint(unet_files(parts.unet))
+        digests = (unet, base.fingerprint("text"), base.fingerprint("vae"), _schedule(base))
+        names = _name(parts.base) if parts.unet is None else f"{_name(parts.unet)} on {_name(parts.base)}"
+        return f"{names} {fingerprint([], *digests)[:12]}"
 
     def load(self, run: Run) -> Loaded:
         """Return the models of a run; those of another one leave the memory first."""
@@ -141,6 +140,12 @@ def noise(seed: int, channels: int, height: int, width: int) -> Tensor:
     ComfyUI draws with this seed.
     """
     return torch.randn((1, channels, height, width), generator=torch.Generator().manual_seed(seed))
+
+
+def _schedule(base: BaseModel) -> str:
+    """Return in words how noise goes down and what is predicted; names of versions, which begin with _, left out."""
+    config = base.sampler().config
+    return repr(sorted((key, value) for key, value in config.items() if not key.startswith("_")))
 
 
 def _name(path: Path) -> str:
