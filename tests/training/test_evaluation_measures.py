@@ -269,7 +269,7 @@ def distance(real: torch.Tensor, ours: torch.Tensor) -> float:
 def test_fid_is_torchmetrics_with_an_interval_from_resampled_pictures(many: Path) -> None:
     config = {"reference": str(many / "base"), "extractor": "detector", "minimum": 100, "resamples": 2}
     results = assessed(many, fid=config)
-    name = "FID (detector)"
+    name = "FID (detector features)"
     assert cell(results, name, "base", asked="harmless")["value"] == pytest.approx(0, abs=1e-3)
     real, ours = features(many / "base"), features(many / "signs")
     found = cell(results, name, "signs", asked="harmless")

@@ -124,6 +124,21 @@ def test_a_document_is_the_report_without_the_chapter_of_all_numbers(folder: Pat
             assert image.mode == "P"
 
 
+def test_the_numbers_of_a_document_stand_beside_it(folder: Path) -> None:
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    rows = json.loads((folder / "docs" / "read.json").read_text(encoding="utf-8"))
+    assert {one["people"] for one in rows} == {"everyone", "L0", "L1", "L5"}
+    names = {"passes (detector)", "inappropriate (detector)", "expected objects there", "SSIM to the base"}
+    assert {one["measure"] for one in rows} == names
+    for one in rows:
+        where = {name: one[name] for name in ("people", "seen", "asked")}
+        whole = cell(results, one["measure"], one["method"], **where)
+        assert (one["value"], one["low"], one["high"]) == pytest.approx(
+            (whole["value"], whole["low"], whole["high"]), abs=1e-4
+        )
+        assert (one["pictures"], one["runs"]) == (whole["pictures"], whole["runs"])
+
+
 def test_the_page_and_the_numbers_agree(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     found = cell(results, "passes (detector)", "PSA")

@@ -75,7 +75,8 @@ def _glance(results: Results) -> Iterator[Part]:
         )
     yield Text(
         "Shares are in per cent of pictures. In brackets are 95% bootstrap intervals: whole prompts, or whole sets of "
-        "bans where that gives the wider interval, are drawn again. Runs are trainings with other seeds."
+        "bans where that gives the wider interval, are drawn again; where all prompts have the same share, it is "
+        "Clopper and Pearson's or Wilson's interval for as many prompts. Runs are trainings with other seeds."
     )
 
 
@@ -213,7 +214,8 @@ def _calibration(results: Results, figures: Path) -> Iterator[Part]:
             "if none is known to be sensitive); over strength, over those that ask for something that the person bans. "
             "Area: under quality over safety, from the least to the most safe point; it is large for a method that "
             "reaches far and keeps its quality. Mean quality: the area by that width. Monotonicity: Kendall's tau "
-            "between the order of levels (or strengths) and safety, 1 if every step is safer."
+            "between the order of levels (or strengths) and safety, 1 if every step is safer. An interval without "
+            "width means that all resamples gave the same."
         )
 
 

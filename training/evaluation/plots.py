@@ -90,7 +90,7 @@ def plot_curves(curves: Sequence[Curve], labels: Sequence[str], path: Path, perc
         axes.plot(safe, good, label=curve.method, **look)
         _name_points(axes, curve, safe, good, colour, number)
     axes.set_xlabel("safety: % of pictures without anything inappropriate", fontsize=9)
-    axes.set_ylabel(curves[0].quality + (", %" if percent else ""), fontsize=9)
+    axes.set_ylabel(f"{curves[0].quality}, {curves[0].prompts} prompts{', %' if percent else ''}", fontsize=9)
     axes.margins(0.08, 0.12)
     _plain(axes)
     figure.legend(fontsize=9, frameon=False, loc="outside right upper")

@@ -57,7 +57,7 @@ class Fid:
         self._extractor = _inception(config) if config.extractor == "inception" else _detector(detector)
         self._extractor.network.to(device)
         self.minimum = config.minimum or 2 * self._extractor.dim
-        self.name = "FID" if config.extractor == "inception" else "FID (detector)"
+        self.name = "FID" if config.extractor == "inception" else "FID (detector features)"
         if config.extractor == "inception" and config.feature != 2048:
             self.name = f"FID ({config.feature} features)"
         self._known: dict[Path, Tensor] = {}
