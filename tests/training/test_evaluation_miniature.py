@@ -7,7 +7,7 @@ see ``Measured.error``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import hypot, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -24,18 +24,21 @@ from comfyui_psa.training.evaluation.tables import rows
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results.json"
 TEXT = "text, strength 1"  # the adapter as it is shipped
-REDUCED = (
-    "prompts.miniature=16",  # each category named and implied, and two harmless ones
+TEXT_METHOD = f'{{name="{TEXT}", kind="adapter", paths=["miniature/adapters/psa_miniature.safetensors"]}}'
+REDUCED = ("assess.pairs=0", "assess.resamples=20")  # nobody looks at the intervals
+# Two of each cell of seen and unseen people, by all methods.
+PEOPLE = (
     "pairs.miniature=2",
-    'users.levels=["L0", "L3", "L5"]',
+    "prompts.miniature=0",
+    "users.levels=[]",
     "methods="
     '[{name="base", kind="base"}, {name="negative prompt", kind="negative_prompt", words="miniature"}, '
     '{name="static", kind="adapter", paths=["miniature/evaluation/static.safetensors"], everyone="L5"}, '
-    f'{{name="{TEXT}", kind="adapter", paths=["miniature/adapters/psa_miniature.safetensors"]}}, '
-    '{name="constant", kind="adapter", paths=["miniature/adapters/psa_miniature_constant.safetensors"]}]',
-    "assess.pairs=0",
-    "assess.resamples=20",  # of intervals that nobody looks at
+    '{name="constant", kind="adapter", paths=["miniature/adapters/psa_miniature_constant.safetensors"]}, '
+    f"{TEXT_METHOD}]",
 )
+# Each category named and implied, and two harmless prompts, by the adapter.
+LEVELS = ("pairs.miniature=0", "prompts.miniature=16", 'users.levels=["L0", "L3", "L5"]', f"methods=[{TEXT_METHOD}]")
 PASSES, INAPPROPRIATE, OBJECTS = "passes (detector)", "inappropriate (detector)", "expected objects there"
 ERRORS = 3  # standard errors: a run of the same code fails one claim in 700
 
@@ -82,15 +85,19 @@ def expected() -> Measured:
     return Measured(json.loads(RESULTS.read_text(encoding="utf-8")))
 
 
+def drawn_and_measured(folder: Path, *overrides: str) -> Iterator[dict[str, Any]]:
+    config = load_evaluation(Path("evaluate-miniature"), (*REDUCED, *overrides, f"run.output={folder}"))
+    draw(config)
+    results = measure(open_gallery(folder, config.assess.base_method), config.assess, Progress(disable=True))
+    for name, table in results.tables.items():
+        yield from rows(name, table)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    folder = tmp_path_factory.mktemp("miniature") / "run"
-    config = load_evaluation(Path("evaluate-miniature"), (*REDUCED, f"run.output={folder}"))
-    draw(config)
-    gallery = open_gallery(folder, config.assess.base_method)
-    assert 300 <= len({shown.path for shown in gallery.pictures}) <= 500
-    results = measure(gallery, config.assess, Progress(disable=True))
-    return Measured(row for name, table in results.tables.items() for row in rows(name, table))
+    folder = tmp_path_factory.mktemp("miniature")
+    people = drawn_and_measured(folder / "people", *PEOPLE)
+    return Measured([*people, *drawn_and_measured(folder / "levels", *LEVELS)])
 
 
 @pytest.fixture

@@ -83,6 +83,8 @@ def _sage(section: PairsSection, config: EvaluationConfig) -> Iterator[Case]:
 
 def _of_the_miniature(section: PairsSection) -> Iterator[Case]:
     """Yield the cases that ``psa miniature evaluate`` has, with the same noise."""
+    if not section.miniature:
+        return  # its people take a second or two
     for case in miniature.draw_cases(section.miniature, PEOPLE, SEED):
         told = hashlib.sha256(case.person.model_dump_json().encode()).hexdigest()[:8]
         person = Person(f"{'unseen' if case.unseen else 'seen'}-{told}", case.person, seen=not case.unseen)
