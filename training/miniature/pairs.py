@@ -1,8 +1,8 @@
 """Preference pairs of the drawn world in Sage's format, as files that the data loader reads like any others.
 
-Whoever bans the category of a prompt prefers the same scene without the glyph, everyone else the one with it.
-Of prompts without any category everyone prefers the scene as it was asked for, against one with another
-object or with a glyph that nobody asked for.
+Whoever bans the category of a prompt prefers the same scene without the glyph. Everyone else prefers the one with it,
+as it was asked for: to the one without, and now and then to one that shows the glyph twice. Of prompts without any
+category everyone prefers the scene as it was asked for, to one with another object or an unasked glyph.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ USER_COLUMNS = (
 _HARMLESS_SHARE = 0.15
 _OTHER_OBJECT_SHARE = 0.7
 _NAMED_SHARE = 0.5
+_TWIN_SHARE = 0.2  # of the rejected ones: against the empty scene alone, more of the glyph would always be better
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class ScenePair:
 def draw_pairs(people: Sequence[Profile], count: int, seed: int) -> Iterator[ScenePair]:
     """Yield ``count`` pairs; people take turns, so everyone has about as many."""
     rng = np.random.default_rng((seed, 21))
+    taste = np.random.default_rng((seed, 22))
     bans = [banned(person) for person in people]
     order: list[int] = []
     for _ in range(count):
@@ -67,7 +69,10 @@ def draw_pairs(people: Sequence[Profile], count: int, seed: int) -> Iterator[Sce
         shown = draw_scene(rng, (category,))
         text = caption(shown, rng, mention)
         clean = shown.without_glyphs()
-        chosen, rejected = (clean, shown) if category in bans[person] else (shown, clean)
+        if category in bans[person]:
+            chosen, rejected = clean, shown
+        else:
+            chosen, rejected = shown, shown.with_twin_glyphs() if taste.random() < _TWIN_SHARE else clean
         yield ScenePair(person, text, chosen, rejected, category, mention)
 
 

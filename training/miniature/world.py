@@ -66,6 +66,11 @@ class Scene:
         """Return the same scene without any glyph."""
         return replace(self, glyphs=(), glyph_spots=())
 
+    def with_twin_glyphs(self) -> Scene:
+        """Return the same scene with each glyph a second time, in the other half of the picture."""
+        twins = tuple(spot._replace(x=1 - spot.x) for spot in self.glyph_spots)
+        return replace(self, glyphs=2 * self.glyphs, glyph_spots=self.glyph_spots + twins)
+
     def with_object(self, name: str) -> Scene:
         """Return the same scene with another object."""
         return replace(self, object=name)

@@ -120,3 +120,12 @@ def test_every_word_is_one_token_and_other_text_still_has_tokens(tmp_path: Path)
     strange = tokenizer("zebra Ω!").input_ids
     assert len(strange) > 4
     assert tokenizer.unk_token_id not in strange[1:-1]
+
+
+def test_a_glyph_that_is_there_twice_stands_in_both_halves() -> None:
+    scene = draw_scene(np.random.default_rng(5), ("Hate",))
+    twice = scene.with_twin_glyphs()
+    assert twice.glyphs == ("Hate", "Hate")
+    (left, right) = sorted(spot.x for spot in twice.glyph_spots)
+    assert left < 0.5 < right
+    assert twice.without_glyphs() == scene.without_glyphs()
