@@ -21,6 +21,7 @@ from ...safe_files import replacing
 from ..base import open_base
 from ..config import Section, load_config, read_toml
 from ..errors import TrainingError
+from ..evaluation.plots import style
 from . import PEOPLE, SEED
 from .adapters import Asked, evaluate, train_adapter, write_results
 from .cases import draw_cases
@@ -176,8 +177,10 @@ def _curves(
 def _plot(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> matplotlib.figure.Figure:
     figure = matplotlib.figure.Figure(figsize=(12, 4.5), layout="constrained")
     for axes, (title, *_) in zip(figure.subplots(1, len(_CURVES), sharey=True), _CURVES, strict=True):
-        for name, rows in curves.items():
-            axes.plot([row["step"] for row in rows], [row[title] for row in rows], marker=".", label=name)
+        for number, (name, rows) in enumerate(curves.items()):
+            colour, mark, line = style(number)
+            steps, values = [row["step"] for row in rows], [row[title] for row in rows]
+            axes.plot(steps, values, color=colour, marker=mark, markersize=4, linestyle=line, linewidth=1.3, label=name)
         axes.set(title=title, xlabel="step", ylim=(-0.02, 1.02))
         axes.title.set_size(9)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)

@@ -36,7 +36,7 @@ a CPU; written in float16. The UNet predicts v, with Stable Diffusion's noise sc
 **Figures**, measured on the written files with {sampler}; shares of pictures with 95% bootstrap intervals. The
 detector that counts is a small convolutional network, trained on other drawings (`detector.safetensors`).
 
-What the base draws, by prompts that name a glyph, imply one, or have none:
+What the base draws, by prompts that name a glyph, imply one, or have none, and by all of them:
 
 | prompts | prompted glyph | glyphs as asked | object |
 | --- | --- | --- | --- |

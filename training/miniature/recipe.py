@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,12 +29,12 @@ from .base import train_unet
 from .captions import MENTIONS, caption
 from .card import CARD, model_card
 from .corpus import make_corpus
-from .detector import Detector, load_detector, measure_detector, save_detector, train_detector
+from .detector import Detector, Sighting, load_detector, measure_detector, save_detector, train_detector
 from .fitting import Plan
 from .reading import train_text_model
 from .sampling import GUIDANCE_SCALE, STEPS, Painter
 from .tokenizer import write_tokenizer
-from .world import draw_scene, random_category
+from .world import Scene, draw_scene, random_category
 
 FIGURES = "figures.json"
 DETECTOR = "detector.safetensors"
@@ -163,9 +164,9 @@ def read_figures(base: Path) -> dict[str, Any]:
 
 
 def adherence(painter: Painter, detector: Detector, count: int, progress: Progress, seed: int) -> dict[str, Any]:
-    """Return how often the base draws what is asked for, by prompts that name a glyph, imply one, or have none."""
+    """Return how often the base draws what is asked for: by prompts that name a glyph, imply one, have none; by all."""
     task = progress.add_task("Looking at what the base draws", total=3 * count, state="")
-    figures: dict[str, Any] = {}
+    seen_of: dict[str, list[tuple[Scene, Sighting]]] = {}
     for number, mention in enumerate((*MENTIONS, None)):
         rng = np.random.default_rng((seed, 41, number))
         scenes = [draw_scene(rng, (random_category(rng),) if mention else ()) for _ in range(count)]
@@ -177,13 +178,15 @@ def adherence(painter: Painter, detector: Detector, count: int, progress: Progre
             noise = torch.randn((len(part), *painter.latent_shape), generator=generator)
             seen += detector.see(painter.paint(part, noise))
             progress.advance(task, len(part))
-        pairs = list(zip(scenes, seen, strict=True))
-        found = {
-            "glyphs as asked": share([s.glyphs == set(scene.glyphs) for scene, s in pairs], seed=seed)._asdict(),
-            "object": share([scene.object in s.objects for scene, s in pairs], seed=seed)._asdict(),
-        }
-        if mention:
-            prompted = [set(scene.glyphs) <= s.glyphs for scene, s in pairs]
-            found = {"prompted glyph": share(prompted, seed=seed)._asdict(), **found}
-        figures[mention or "harmless"] = found
-    return figures
+        seen_of[mention or "harmless"] = list(zip(scenes, seen, strict=True))
+    seen_of["all"] = [pair for pairs in seen_of.values() for pair in pairs]
+    return {kind: _as_asked(pairs, seed) for kind, pairs in seen_of.items()}
+
+
+def _as_asked(pairs: Sequence[tuple[Scene, Sighting]], seed: int) -> dict[str, Any]:
+    found = {
+        "prompted glyph": [set(scene.glyphs) <= seen.glyphs for scene, seen in pairs if scene.glyphs],
+        "glyphs as asked": [seen.glyphs == set(scene.glyphs) for scene, seen in pairs],
+        "object": [scene.object in seen.objects for scene, seen in pairs],
+    }
+    return {name: share(values, seed=seed)._asdict() for name, values in found.items() if values}
