@@ -23,7 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What is compared is float32, and not the 10 bits that CUDA may round it to.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
-from studio import Studio, open_studio  # noqa: E402 - after the settings above
+from language_model import write_folder  # noqa: E402 - after the settings above
+from studio import Studio, open_studio  # noqa: E402
 
 LANGUAGE_MODEL = "SmolLM2-135M-Instruct"
 
@@ -51,7 +52,15 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
-def studio(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: Path) -> Iterator[Studio]:
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: Path) -> Path:
+    """The same model as a folder, for all but the tests of GGUF itself; written once for all of xdist's processes."""
+    temporary = tmp_path_factory.getbasetemp()
+    shared = temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary
+    return write_folder(smollm2_gguf, shared / "language-models" / LANGUAGE_MODEL)
+
+
+@pytest.fixture(scope="session")
+def studio(tmp_path_factory: pytest.TempPathFactory, smollm2_folder: Path, smollm2_gguf: Path) -> Iterator[Studio]:
     """A running ComfyUI server with this pack, models and a private profile."""
-    with open_studio(tmp_path_factory.mktemp("studio"), smollm2_gguf) as studio:
+    with open_studio(tmp_path_factory.mktemp("studio"), smollm2_folder, smollm2_gguf) as studio:
         yield studio

@@ -28,13 +28,8 @@ def test_no_model_stays_in_memory(config: TrainConfig) -> None:
     assert len(cached) == ROWS
 
 
-def test_no_language_model_stays_in_memory(config: TrainConfig, smollm2_gguf: Path) -> None:
-    encoder = {
-        "kind": "llm",
-        "name": smollm2_gguf.name.split(".")[0],
-        "folders": [smollm2_gguf.parent],
-        "batch_size": 1,
-    }
+def test_no_language_model_stays_in_memory(config: TrainConfig, smollm2_folder: Path) -> None:
+    encoder = {"kind": "llm", "name": smollm2_folder.name, "folders": [smollm2_folder.parent], "batch_size": 1}
     cached = build(changed(config, "data", encoder=encoder))
     gc.collect()
     modules = {type(found).__name__ for found in gc.get_objects() if issubclass(type(found), nn.Module)}
