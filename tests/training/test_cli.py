@@ -1,4 +1,7 @@
-"""The command ``psa``, run as a program: profiles, simulated users, conversion, and errors in one sentence."""
+"""The command ``psa``: profiles, simulated users, conversion, and errors in one sentence.
+
+It is called in this process, as its program calls it; what is about the process itself starts the program.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +25,7 @@ from typer.testing import CliRunner
 import comfyui_psa
 from comfyui_psa.adapter import load_adapter, save_adapter
 from comfyui_psa.profiles import Profile, ProfileStore, banned_categories, profiles_folder
-from comfyui_psa.training.cli import app
+from comfyui_psa.training.cli import app, main
 from comfyui_psa.training.synthetic import write_release_adapter
 
 MARKER = "Zorblax"
@@ -30,15 +35,39 @@ PACK = Path(comfyui_psa.__file__).parent
 Result = subprocess.CompletedProcess[str]
 
 
-def psa(*args: object, answers: str = "", full_disk: bool = False, **environment: str) -> Result:
-    """Run ``psa`` with these arguments, these lines on its input and nothing of ours in its environment."""
+def _environment(changes: dict[str, str]) -> dict[str, str]:
+    """This process's environment with nothing of ours in it, and with these changes."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PSA_", "FORCE_COLOR"))}
+    return clean | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "250", "NO_COLOR": "1"} | changes
+
+
+def psa(*args: object, answers: str = "", **environment: str) -> Result:
+    """Call ``psa`` with these arguments, these lines on its input and nothing of ours in its environment."""
+    command, code = ["psa", *map(str, args)], 0
+    output, errors = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", command),
+        mock.patch.object(sys, "stdin", io.StringIO(answers)),
+        mock.patch.dict(os.environ, _environment(environment), clear=True),
+        redirect_stdout(output),
+        redirect_stderr(errors),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            assert end.code is None or isinstance(end.code, int)
+            code = end.code or 0
+    return subprocess.CompletedProcess(command, code, output.getvalue(), errors.getvalue())
+
+
+def program(*args: object, answers: str = "", full_disk: bool = False, **environment: str) -> Result:
+    """Run the program, as ``psa``."""
     return subprocess.run(
         [sys.executable, "-m", "comfyui_psa.training", *map(str, args)],
         input=answers,
         capture_output=True,
         encoding="utf-8",
-        env=clean | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "250", "NO_COLOR": "1"} | environment,
+        env=_environment(environment),
         preexec_fn=_fill_the_disk if full_disk else None,
     )
 
@@ -107,8 +136,9 @@ def test_a_profile_is_made_from_a_level(run: Callable[..., Result], store: Profi
     assert store.active_id() is None
 
 
-def test_without_options_it_asks(run: Callable[..., Result], store: ProfileStore) -> None:
-    result = run("new", answers="evening\n41\n\nIslam\n\nwar\nShocking, Harassment\nViolence\n")
+def test_without_options_the_program_asks(user_directory: Path, store: ProfileStore) -> None:
+    answers = "evening\n41\n\nIslam\n\nwar\nShocking, Harassment\nViolence\n"
+    result = program("profile", "new", "--user-directory", user_directory, answers=answers)
     assert result.returncode == 0, result.stderr
     (entry,) = store.entries()
     assert store.read(entry.id).profile == Profile(
@@ -255,14 +285,14 @@ def _link_pack(folder: Path) -> dict[str, str]:
 
 def test_a_pack_in_custom_nodes_finds_the_user_folder_of_its_comfyui(tmp_path: Path) -> None:
     environment = _link_pack(tmp_path / "ComfyUI" / "custom_nodes")
-    result = psa("profile", "new", "--name", "evening", **environment)
+    result = program("profile", "new", "--name", "evening", **environment)
     assert result.returncode == 0, result.stderr
     (entry,) = ProfileStore(profiles_folder(tmp_path / "ComfyUI" / "user")).entries()
     assert entry.name == "evening"
 
 
 def test_a_pack_elsewhere_asks_for_the_user_folder(tmp_path: Path) -> None:
-    message = _assert_one_sentence(psa("profile", "list", **_link_pack(tmp_path / "elsewhere")))
+    message = _assert_one_sentence(program("profile", "list", **_link_pack(tmp_path / "elsewhere")))
     assert "--user-directory" in message
     assert "PSA_USER_DIRECTORY" in message
 
@@ -349,7 +379,7 @@ def test_a_disk_that_fills_up_leaves_an_existing_target(release: Path, tmp_path:
     target = tmp_path / "out" / "adapter.safetensors"
     save_adapter(load_adapter(release), target)
     before = _folder(target.parent)
-    result = psa("convert", release, target, full_disk=True)
+    result = program("convert", release, target, full_disk=True)
     assert result.returncode == 1
     assert _folder(target.parent) == before
     _assert_one_sentence(result)
