@@ -6,10 +6,12 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import comfy.cli_args
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 # Before any other part of ComfyUI: the tests need no GPU. `PSA_TEST_DEVICE=cuda pytest tests/nodes` runs those of the
 # patch on one.
@@ -28,18 +30,41 @@ from studio import Studio, open_studio  # noqa: E402
 
 LANGUAGE_MODEL = "SmolLM2-135M-Instruct"
 
-# Minutes each. They come first, so that no process is left with one of them when the others are done.
-SLOW = (
-    "miniature/test_training.py",
-    "training/test_demo.py",
-    "miniature/test_recipe.py",
-    "miniature/test_shipped.py",
-)
+# Files that share what takes long to start: in one process of xdist it starts once. Each group is a name and parts of
+# paths; the first one is the longest, so it begins at once.
+TOGETHER = {
+    "ComfyUI and Chromium": ("tests/web/", "training/test_server.py", "training/test_evaluation_comfyui.py"),
+    "training runs": (
+        "training/test_training_",
+        "training/test_distributed.py",
+        "training/test_loss_options.py",
+        "training/test_reference.py",
+        "training/test_resume.py",
+        "training/test_interruptions.py",
+        "training/test_train_command.py",
+        "training/test_cache_passes.py",
+    ),
+}
+# Long ones come before all others, so that no process is left with one of them when the others are done.
+FIRST = (*TOGETHER["ComfyUI and Chromium"], "training/miniature/", "training/test_demo.py", *TOGETHER["training runs"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the tests: whole files, the slow ones first."""
-    items.sort(key=lambda item: not item.path.as_posix().endswith(SLOW))
+    items.sort(key=lambda item: next((i for i, part in enumerate(FIRST) if part in item.path.as_posix()), len(FIRST)))
+
+
+class Groups(LoadFileScheduling):
+    """Hands out whole files, as `--dist loadfile`, and those of a group together."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return next((name for name, parts in TOGETHER.items() if any(part in file for part in parts)), file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups:
+    """Replace xdist's own scheduler."""
+    return Groups(config, log)
 
 
 @pytest.fixture(scope="session")
