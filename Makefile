@@ -9,8 +9,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: test demo evaluate venv runtime frontend browser types lint format screenshots benchmark benchmark-training clean
 
-# One thread for each process: more threads than cores make small models many times slower.
-test: venv frontend browser types
+# What is downloaded, at the same time. One thread for each process: more threads than cores make small models many times
+# slower. Which files share a process is in tests/conftest.py.
+test: $(VENV)/.ready
+	@$(MAKE) --no-print-directory --jobs=4 venv frontend browser types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 demo: venv
@@ -57,11 +59,11 @@ endif
 frontend: .runtime/frontend/.1.58.1
 
 .runtime/frontend/.1.58.1: $(VENV)/.ready
-	rm -rf .runtime/frontend .runtime/wheel && mkdir -p .runtime/wheel
-	$(BIN)/python -m pip download --quiet --no-deps --dest .runtime/wheel comfyui-frontend-package==1.58.1
-	$(BIN)/python -m zipfile -e .runtime/wheel/*.whl .runtime/wheel
-	mv .runtime/wheel/comfyui_frontend_package/static .runtime/frontend
-	rm -rf .runtime/wheel
+	rm -rf .runtime/frontend .runtime/frontend-wheel && mkdir -p .runtime/frontend-wheel
+	$(BIN)/python -m pip download --quiet --no-deps --dest .runtime/frontend-wheel comfyui-frontend-package==1.58.1
+	$(BIN)/python -m zipfile -e .runtime/frontend-wheel/*.whl .runtime/frontend-wheel
+	mv .runtime/frontend-wheel/comfyui_frontend_package/static .runtime/frontend
+	rm -rf .runtime/frontend-wheel
 	touch $@
 
 # A real Chromium for the tests of the browser side: the system's, else Debian's, else playwright's own.

@@ -101,6 +101,13 @@ def build(config: TrainConfig, base: Any = None, captions: Sequence[str] = (), *
     return build_cache(config, config.data.train, base or open_base(config.model.base), captions, **arguments)
 
 
+def build_and_count(config: TrainConfig) -> tuple[int, int]:
+    """Build a cache; return how many images this process encoded, and how many rows there are."""
+    base = watch(config)
+    cached = build(config, base)
+    return base.images, len(cached)
+
+
 def watch(config: TrainConfig, stop_after: int | None = None) -> WatchedBase:
     return WatchedBase(open_base(config.model.base), stop_after)
 

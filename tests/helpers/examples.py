@@ -90,7 +90,6 @@ def installed(studio: Studio, made: Path) -> Iterator[None]:
     """
     base = studio.server.base
     models = base / "models"
-    (gguf,) = (models / "LLM").glob("SmolLM2*.gguf")
     files = {
         "models/checkpoints/v1-5-pruned-emaonly-fp16.safetensors": models / "checkpoints" / CHECKPOINT,
         "models/checkpoints/sd_xl_base_1.0.safetensors": models / "checkpoints" / CHECKPOINT,
@@ -99,7 +98,7 @@ def installed(studio: Studio, made: Path) -> Iterator[None]:
         "models/psa_adapters/psa_sd15.bin": base / "psa_adapter.bin",
         "models/psa_adapters/psa_sdxl.bin": base / "psa_adapter.bin",
         "models/psa_adapters/get_embeds.txt": base / "get_embeds.txt",
-        "models/LLM/Qwen2.5-7B-Instruct.gguf": gguf,
+        "models/LLM/Qwen2.5-7B-Instruct": models / "LLM" / "SmolLM2-135M-Instruct",
         "input/example.png": made / "picture.png",
     }
     with ExitStack() as stack:

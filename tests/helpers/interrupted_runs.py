@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import pkgutil
 import resource
@@ -22,6 +21,7 @@ import pytest
 import torch
 from pairs import write_sage_split
 from pipelines import write_sd_pipeline
+from processes import forkserver
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
@@ -183,10 +183,8 @@ def command(
     arguments: Sequence[object], folder: Path, largest_file: int | None = None, kill_at: KillAt | None = None
 ) -> Ended:
     """Run ``python -m comfyui_psa.training`` as a process of its own that has its imports already, in ``folder``."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["comfyui_psa.training.train", "interrupted_runs"])
     output, error = folder / "stdout.txt", folder / "stderr.txt"
-    process = context.Process(
+    process = forkserver().Process(
         target=_run_command, args=([str(a) for a in arguments], folder, output, error, largest_file, kill_at)
     )
     process.start()

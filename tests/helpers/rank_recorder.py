@@ -1,12 +1,8 @@
-"""Run by torchrun: ``psa train`` that notes the hash of its weights after each step, for each rank.
-
-python -m torch.distributed.run --standalone --nproc_per_node 2 rank_recorder.py CONFIG FOLDER
-"""
+"""Called in each of two ranks: ``psa train`` that notes the hash of its weights after each step."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,7 @@ from comfyui_psa.training.config import load_config
 from comfyui_psa.training.dpo.trainer import StepReport, Trainer
 
 
-def main(config: Path, folder: Path) -> None:
+def record(config: Path, folder: Path) -> None:
     """Write ``rank-<n>.txt``: one line for each step."""
 
     def look(trainer: Trainer, report: StepReport | None) -> None:
@@ -32,7 +28,3 @@ def main(config: Path, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         observe(patch, look)
         run(load_config(config))
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ import numpy as np
 from prompts import CHECKPOINT, MARKERS
 
 from comfyui_psa.profiles import Profile, ProfileStore, StoredProfile, default_template, profiles_folder
+from comfyui_psa.training.adapter_commands import convert
 from comfyui_psa.training.comfyui import PACK, ComfyUIServer, prepare_base
 from comfyui_psa.training.synthetic import SMALL_SD15, attention_widths, write_checkpoint, write_release_adapter
 
@@ -43,23 +42,23 @@ def empty_store(server: ComfyUIServer) -> Iterator[ProfileStore]:
 
 
 @contextmanager
-def open_studio(folder: Path, language_model: Path) -> Iterator[Studio]:
-    """Fill ``folder`` and start the server on it."""
+def open_studio(folder: Path, language_model: Path, gguf: Path) -> Iterator[Studio]:
+    """Fill ``folder`` and start the server on it; ``gguf`` is there under the name Quantised."""
     base = prepare_base(folder)
     models = base / "models"
     pack = Path(__file__).with_name("ipadapter_stand_in.py")
     (base / "custom_nodes" / "ComfyUI_IPAdapter_plus.py").symlink_to(pack)
     write_checkpoint(models / "checkpoints" / CHECKPOINT)
-    (models / "LLM" / language_model.name).symlink_to(language_model)
+    (models / "LLM" / language_model.name).symlink_to(language_model, target_is_directory=True)
+    (models / "LLM" / "Quantised.gguf").symlink_to(gguf)
 
     widths = attention_widths(SMALL_SD15)
     release = base / "psa_adapter.bin"
     write_release_adapter(release, widths, SMALL_SD15.context_dim, SMOLLM2_DIM)
     (base / "get_embeds.txt").write_text(default_template(), encoding="utf-8")
-    for encoder in ("HuggingFaceTB/SmolLM2-135M-Instruct", "someone/Absent-7B"):
+    for encoder in ("HuggingFaceTB/SmolLM2-135M-Instruct", "someone/Quantised", "someone/Absent-7B"):
         target = models / "psa_adapters" / f"{encoder.split('/')[1]}.safetensors"
-        command = (sys.executable, "-m", "comfyui_psa.training", "convert", release, target, "--encoder", encoder)
-        subprocess.run(command, check=True, capture_output=True)
+        convert(release, target, encoder=encoder)
 
     # The release as it is, with one of its own embeddings: no language model needed.
     write_release_adapter(models / "psa_adapters" / "psa_adapter.bin", widths, SMALL_SD15.context_dim, 3584)

@@ -240,9 +240,9 @@ def test_an_attributes_encoder_of_another_version(nodes: dict[str, Any], adapter
 
 
 def test_a_language_model_of_another_width(
-    nodes: dict[str, Any], adapter: PSAAdapter, comfyui: Path, smollm2_gguf: Path
+    nodes: dict[str, Any], adapter: PSAAdapter, comfyui: Path, smollm2_folder: Path
 ) -> None:
-    (comfyui / "models" / "LLM" / smollm2_gguf.name).symlink_to(smollm2_gguf)
+    (comfyui / "models" / "LLM" / smollm2_folder.name).symlink_to(smollm2_folder)
     with pytest.raises(EncoderError, match=r"576 numbers, but the adapter expects 12"):
         encode(nodes, adapter, name="HuggingFaceTB/SmolLM2-135M-Instruct", template="<<AGE>>")
 

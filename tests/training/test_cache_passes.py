@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import gc
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from cache_testing import CAPTIONS, EXTRA, ROWS, SHARD, USERS, build, cached_values, changed, parts, watch
+from cache_testing import (
+    CAPTIONS,
+    EXTRA,
+    ROWS,
+    SHARD,
+    USERS,
+    build,
+    build_and_count,
+    cached_values,
+    changed,
+    parts,
+    watch,
+)
+from processes import call_in_ranks
 from rich.progress import Progress
 from torch import nn
 
@@ -28,13 +37,8 @@ def test_no_model_stays_in_memory(config: TrainConfig) -> None:
     assert len(cached) == ROWS
 
 
-def test_no_language_model_stays_in_memory(config: TrainConfig, smollm2_gguf: Path) -> None:
-    encoder = {
-        "kind": "llm",
-        "name": smollm2_gguf.name.split(".")[0],
-        "folders": [smollm2_gguf.parent],
-        "batch_size": 1,
-    }
+def test_no_language_model_stays_in_memory(config: TrainConfig, smollm2_folder: Path) -> None:
+    encoder = {"kind": "llm", "name": smollm2_folder.name, "folders": [smollm2_folder.parent], "batch_size": 1}
     cached = build(changed(config, "data", encoder=encoder))
     gc.collect()
     modules = {type(found).__name__ for found in gc.get_objects() if issubclass(type(found), nn.Module)}
@@ -95,62 +99,10 @@ def test_interrupted_captions_go_on(config: TrainConfig) -> None:
     assert base.captions == sorted({"", *(pair.caption for pair in open_pairs(config.data.train))})[2:4]
 
 
-PROCESS = """
-import sys
-from accelerate import PartialState
-from comfyui_psa.training.base import ImageCoder, open_base
-from comfyui_psa.training.config import TrainConfig
-from comfyui_psa.training.data.cache import build_cache
-
-encode, images = ImageCoder.encode, 0
-
-def counted(self, batch):
-    global images
-    images += len(batch)
-    return encode(self, batch)
-
-ImageCoder.encode = counted
-config = TrainConfig.model_validate_json(sys.stdin.read())
-cached = build_cache(
-    config, config.data.train, open_base(config.model.base), [], {}, PartialState(cpu=True), shard_rows=2
-)
-print(images, len(cached))
-"""
-
-
-def build_in_processes(config: TrainConfig, count: int) -> list[str]:
-    """Build a cache in processes that know each other, as `accelerate launch` starts them; return what they print."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = []
-    for rank in range(count):
-        ranks = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", PROCESS],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **ranks},
-            )
-        )
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write(config.model_dump_json())
-        process.stdin.flush()
-        process.stdin.close()
-        process.stdin = None
-    outputs = [process.communicate(timeout=180)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * count
-    return outputs
-
-
 def test_two_processes_share_the_work(config: TrainConfig, tmp_path: Path) -> None:
     config = changed(config, "data", cache_batch_size=2)
     # Shards of two rows: the first process has rows 0, 1 and 4, the second one 2 and 3.
-    assert [output.split() for output in build_in_processes(config, 2)] == [["6", "5"], ["4", "5"]]
+    assert call_in_ranks(2, build_and_count, config) == [(6, 5), (4, 5)]
     base = watch(config)
     together = build(config, base)
     assert base.loaded == []

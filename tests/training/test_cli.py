@@ -1,4 +1,7 @@
-"""The command ``psa``, run as a program: profiles, simulated users, conversion, and errors in one sentence."""
+"""The command ``psa``: profiles, simulated users, conversion, and errors in one sentence.
+
+It is called in this process, as its program calls it; what is about the process itself starts the program.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,12 @@ import io
 import json
 import os
 import re
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import Result, program, psa
 from typer.testing import CliRunner
 
 import comfyui_psa
@@ -26,25 +27,6 @@ from comfyui_psa.training.synthetic import write_release_adapter
 MARKER = "Zorblax"
 TEMPLATE = "A person of <<AGE>> years, ünïcode. Avoid <<BANNED>>."
 PACK = Path(comfyui_psa.__file__).parent
-
-Result = subprocess.CompletedProcess[str]
-
-
-def psa(*args: object, answers: str = "", full_disk: bool = False, **environment: str) -> Result:
-    """Run ``psa`` with these arguments, these lines on its input and nothing of ours in its environment."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PSA_", "FORCE_COLOR"))}
-    return subprocess.run(
-        [sys.executable, "-m", "comfyui_psa.training", *map(str, args)],
-        input=answers,
-        capture_output=True,
-        encoding="utf-8",
-        env=clean | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "250", "NO_COLOR": "1"} | environment,
-        preexec_fn=_fill_the_disk if full_disk else None,
-    )
-
-
-def _fill_the_disk() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
 
 
 def _assert_one_sentence(result: Result) -> str:
@@ -107,8 +89,9 @@ def test_a_profile_is_made_from_a_level(run: Callable[..., Result], store: Profi
     assert store.active_id() is None
 
 
-def test_without_options_it_asks(run: Callable[..., Result], store: ProfileStore) -> None:
-    result = run("new", answers="evening\n41\n\nIslam\n\nwar\nShocking, Harassment\nViolence\n")
+def test_without_options_the_program_asks(user_directory: Path, store: ProfileStore) -> None:
+    answers = "evening\n41\n\nIslam\n\nwar\nShocking, Harassment\nViolence\n"
+    result = program("profile", "new", "--user-directory", user_directory, answers=answers)
     assert result.returncode == 0, result.stderr
     (entry,) = store.entries()
     assert store.read(entry.id).profile == Profile(
@@ -255,14 +238,14 @@ def _link_pack(folder: Path) -> dict[str, str]:
 
 def test_a_pack_in_custom_nodes_finds_the_user_folder_of_its_comfyui(tmp_path: Path) -> None:
     environment = _link_pack(tmp_path / "ComfyUI" / "custom_nodes")
-    result = psa("profile", "new", "--name", "evening", **environment)
+    result = program("profile", "new", "--name", "evening", **environment)
     assert result.returncode == 0, result.stderr
     (entry,) = ProfileStore(profiles_folder(tmp_path / "ComfyUI" / "user")).entries()
     assert entry.name == "evening"
 
 
 def test_a_pack_elsewhere_asks_for_the_user_folder(tmp_path: Path) -> None:
-    message = _assert_one_sentence(psa("profile", "list", **_link_pack(tmp_path / "elsewhere")))
+    message = _assert_one_sentence(program("profile", "list", **_link_pack(tmp_path / "elsewhere")))
     assert "--user-directory" in message
     assert "PSA_USER_DIRECTORY" in message
 
@@ -349,7 +332,7 @@ def test_a_disk_that_fills_up_leaves_an_existing_target(release: Path, tmp_path:
     target = tmp_path / "out" / "adapter.safetensors"
     save_adapter(load_adapter(release), target)
     before = _folder(target.parent)
-    result = psa("convert", release, target, full_disk=True)
+    result = program("convert", release, target, full_disk=True)
     assert result.returncode == 1
     assert _folder(target.parent) == before
     _assert_one_sentence(result)

@@ -103,10 +103,8 @@ def test_precision_and_categories(out: Path) -> None:
     assert "names the banned categories" in result.output
 
 
-def test_a_language_model_from_a_folder(out: Path, tmp_path: Path, smollm2_gguf: Path) -> None:
-    models = tmp_path / "models"
-    models.mkdir()
-    (models / smollm2_gguf.name).symlink_to(smollm2_gguf)
+def test_a_language_model_from_a_folder(out: Path, smollm2_folder: Path) -> None:
+    models = smollm2_folder.parent
     adapter = MINIATURE / "adapters" / "psa_miniature_smollm2.safetensors"
     result = psa(adapter, "L2", out, "--models", models)
     assert result.exit_code == 0, result.output

@@ -1,13 +1,12 @@
-"""The demo as ``make demo`` runs it."""
+"""The demo as ``make demo`` runs it, but in this process."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import PIL.Image
+from command_line import psa
 
 from comfyui_psa.training.comfyui import PACK
 from comfyui_psa.training.demo import ADAPTERS, PROMPTS
@@ -19,9 +18,8 @@ Counts = dict[str, dict[str, dict[str, int]]]
 
 def test_the_demo_draws_every_level_and_counts_what_is_there(tmp_path: Path) -> None:
     sheet = tmp_path / "sheets" / "levels.png"
-    command = (sys.executable, "-m", "comfyui_psa.training", "demo")
-    options = ("--comfyui", PACK / ".runtime" / "comfyui", "--output", sheet, "--pictures", str(PICTURES))
-    result = subprocess.run((*command, *options), capture_output=True, text=True, check=False)
+    comfyui = PACK / ".runtime" / "comfyui"
+    result = psa("demo", "--comfyui", comfyui, "--output", sheet, "--pictures", PICTURES)
     assert result.returncode == 0, result.stderr
     assert "Contact sheet" in result.stdout
     assert "The detector that counted is right about" in result.stdout
@@ -67,8 +65,7 @@ def _glyphs_left(counts: dict[str, dict[str, int]]) -> int:
 
 
 def test_a_folder_without_comfyui_is_refused_at_once(tmp_path: Path) -> None:
-    command = (sys.executable, "-m", "comfyui_psa.training", "demo", "--comfyui", tmp_path)
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = psa("demo", "--comfyui", tmp_path)
     assert result.returncode == 1
     assert "There is no ComfyUI in" in result.stderr
     assert "Traceback" not in result.stderr

@@ -1,4 +1,4 @@
-"""Several ranks: two gloo processes on this machine, started as people start them."""
+"""Several ranks: two gloo processes on this machine, started by launchers where these are what is tested."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from comfy_testing import difference
 from observed_runs import STEPS, Run, train_tiny
+from processes import call_in_ranks
+from rank_recorder import record
 from safetensors.torch import load_file
 from training_runs import adapter_file, checkpoint, gradients, metrics, optimizer_state, tiny_config
 
@@ -22,7 +24,6 @@ from comfyui_psa.training.config import CONFIGS, TrainConfig
 from comfyui_psa.training.dpo.plan import to_toml
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-RECORDER = Path(__file__).parents[1] / "helpers" / "rank_recorder.py"
 GRADIENT_ROUNDING = 1e-4
 
 
@@ -57,7 +58,7 @@ def recorded(
     """A run of two ranks, and what each of them noted."""
     folder = tmp_path_factory.mktemp("recorded")
     config = tiny_config(folder / "run", runs["sdxl"].base.folder, split, {**resumed, "run.batch_size": 2})
-    launch(folder, *TORCHRUN, RECORDER, write_config(folder, config), folder)
+    call_in_ranks(2, record, write_config(folder, config), folder)
     return config, [(folder / f"rank-{rank}.txt").read_text().splitlines() for rank in range(2)]
 
 

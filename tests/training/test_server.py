@@ -55,6 +55,11 @@ def test_levels_give_different_pictures(studio: Studio) -> None:
     assert not np.array_equal(*pictures)
 
 
+def test_a_gguf_file_is_a_language_model_too(studio: Studio) -> None:
+    ours = pixels(run(studio, psa_prompt("Quantised.safetensors")))
+    assert not np.array_equal(ours, pixels(run(studio, base_prompt())))
+
+
 def test_a_released_adapter_with_a_released_embedding_needs_no_language_model(studio: Studio) -> None:
     prompt = psa_prompt("psa_adapter.bin")
     prompt["7"] = {"class_type": "PSALoadEmbedding", "inputs": {"embedding_name": "0000001.npy"}}

@@ -12,8 +12,8 @@ import PIL.Image
 import pytest
 import requests
 from examples import EXAMPLES, IPADAPTER, NOTE, declared, example, installed, make_files, node_models, problems
-from frontend import exported_prompt, load_page, load_workflow, run
-from playwright.sync_api import Browser, Page, expect
+from frontend import Pages, exported_prompt, load_workflow, run
+from playwright.sync_api import Page, expect
 from studio import Studio
 
 from comfyui_psa.profiles import find_level
@@ -52,12 +52,14 @@ def artist(studio: Studio, made: Path) -> Iterator[Studio]:
 
 
 @pytest.fixture
-def newcomer(chromium: Browser, servers: Callable[[str], ComfyUIServer]) -> Iterator[Page]:
-    """A page of its own, of a ComfyUI without any files; frontend 1.32 tells in dialogs what is missing."""
-    page = chromium.new_page()
-    load_page(page, servers("1.32").url, nodes2=False)
+def newcomer(pages: Pages, servers: Callable[[str], ComfyUIServer]) -> Iterator[Page]:
+    """The page of a ComfyUI without any files; frontend 1.32 tells in dialogs what is missing."""
+    page = pages(servers("1.32").url, nodes2=False)
     yield page
-    page.close()
+    dialogs = page.get_by_role("dialog")
+    for left in reversed(range(dialogs.count())):
+        dialogs.last.get_by_role("button", name="Close", exact=True).click()
+        expect(dialogs).to_have_count(left)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

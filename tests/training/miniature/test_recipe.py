@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import PIL.Image
 import pytest
@@ -15,6 +17,7 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 from comfyui_psa.adapter import load_adapter
+from comfyui_psa.training import train
 from comfyui_psa.training.base import open_base
 from comfyui_psa.training.cli import app
 from comfyui_psa.training.config import load_config
@@ -48,6 +51,13 @@ SHORT = (
 def one_thread(_workers: int, _context: object, opened: Callable[..., None], files: tuple[object, ...]) -> Executor:
     """In place of processes, which would each import everything."""
     return ThreadPoolExecutor(1, initializer=opened, initargs=files)
+
+
+class QuickPainter(Painter):
+    """A painter of two steps in place of ten: what a base of three steps of training draws is noise anyway."""
+
+    def paint(self, *arguments: Any, **options: Any) -> list[PIL.Image.Image]:
+        return super().paint(*arguments, **options, steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +172,7 @@ def test_an_adapter_is_trained_on_drawn_pairs_and_measured(
     assert len(counted) == 4  # the two runs are of one file
     for file in counted:  # as if it had been interrupted, and one file damaged
         rows = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text("{" if file is counted[0] else json.dumps(dict([*rows.items()][:20])), encoding="utf-8")
+        file.write_text("{" if file is counted[0] else json.dumps(dict([*rows.items()][:40])), encoding="utf-8")
     assert psa(*command) == shown
     for file in counted:
         rows = json.loads(file.read_text(encoding="utf-8"))
@@ -170,6 +180,7 @@ def test_an_adapter_is_trained_on_drawn_pairs_and_measured(
     assert psa(*command) != shown  # what is kept counts, and is not drawn again
 
     kept = {file.name for file in (work / "counted").iterdir()}
+    monkeypatch.setattr(evaluation, "Painter", QuickPainter)
     looked = psa(
         "evaluate", f"PSA={ours}", "--base", base, "--per-cell", 2, "--no-seen", "--strength", 0, "--strength", 1,
         "--likeness", 1, "--output", tmp_path / "strengths.json",
@@ -194,6 +205,8 @@ def test_an_ablation_trains_what_is_not_there_and_compares_it(
     monkeypatch.setattr(adapters, "PEOPLE", 40)
     monkeypatch.setattr(ablation, "PEOPLE", 40)
     monkeypatch.setattr(evaluation, "ProcessPoolExecutor", one_thread)
+    monkeypatch.setattr(evaluation, "Painter", QuickPainter)
+    monkeypatch.setattr(train, "write_report", mock.Mock())  # whose plots take longer than such a training
     short = [change for change in SHORT if not change.startswith(("run.steps", "validation.grid"))]
     plan = {"steps": 4, "seeds": [1, 2], "per_cell": 1, "likeness": 1, "curve": 1, "checkpoints": 2}
     variants = {"text, plain": [], "the paper's": ['adapter.kinds=["constant"]', "loss.winner_anchor=0"]}

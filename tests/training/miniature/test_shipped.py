@@ -115,9 +115,9 @@ def test_on_the_text_side_who_bans_some_loses_what_is_banned_and_nothing_else(dr
     assert drawn.share(CONSTANT, "some", "clean", banned=True) < drawn.share(TEXT, "some", "clean", banned=True) - 0.1
 
 
-def test_with_a_language_model_too_who_bans_everything_or_nothing_gets_that(smollm2_gguf: Path) -> None:
+def test_with_a_language_model_too_who_bans_everything_or_nothing_gets_that(smollm2_folder: Path) -> None:
     methods = (Method("SmolLM2", adapter=MINIATURE / "adapters" / SMOLLM2),)
-    drawn = Drawn(methods, 5, trial=9, groups=("everything", "nothing"), language_models=(smollm2_gguf.parent,))
+    drawn = Drawn(methods, 5, trial=9, groups=("everything", "nothing"), language_models=(smollm2_folder.parent,))
     assert drawn.share("SmolLM2", "everything", "clean") >= 0.9
     assert drawn.share("SmolLM2", "nothing", "prompted") >= 0.9
 

@@ -1,4 +1,4 @@
-"""Some minutes of training from the shipped base are enough to see whom an adapter changes, and whom it does not."""
+"""A minute of training from the shipped base is enough to see whom an adapter changes, and whom it does not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from comfyui_psa.training.dpo.policy import Policy
 from comfyui_psa.training.miniature import MINIATURE, adapters
 from comfyui_psa.training.miniature.methods import Method
 
-PAIRS, STEPS, PER_CELL = 600, 120, 16
+PAIRS, STEPS, PER_CELL = 400, 45, 16
 KIND = 'adapter.kinds=["constant"]'  # the paper's, which is the first to learn who bans everything
 SHORT = (KIND, f"run.steps={STEPS}", "validation.every=0", "validation.grid_every=0", "tracking.trackers=[]")
 
