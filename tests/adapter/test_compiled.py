@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -264,50 +262,6 @@ def test_what_half_precision_cannot_hold_is_refused(path: Path) -> None:
         save_compiled(profile, path, "fp16")
     assert not path.exists()
     save_compiled(profile, path, "fp32")
-
-
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """Inside, root has no more rights than anybody else."""
-    if root := os.geteuid() == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-
-
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder that everybody may read; pytest's own are private."""
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        yield folder
-        folder.chmod(0o755)
-
-
-@pytest.mark.parametrize("closed", ["the file", "the folder"])
-def test_what_may_not_be_read(open_folder: Path, closed: str) -> None:
-    path = open_folder / "mine.safetensors"
-    save_compiled(compiled("text"), path)
-    (path if closed == "the file" else open_folder).chmod(0)
-    with as_nobody():
-        assert_refused(path, "cannot be read (Permission denied)", "Make the file and its folder readable")
-        with pytest.raises(AdapterError, match=r"mine\.safetensors cannot be read \(Permission denied\)"):
-            save_compiled(compiled("text", user=1), path, overwrite=True)
-
-
-def test_where_nothing_may_be_written(open_folder: Path) -> None:
-    path = open_folder / "mine.safetensors"
-    open_folder.chmod(0o555)
-    with (
-        as_nobody(),
-        pytest.raises(AdapterError, match=r"cannot be written \(Permission denied\).*make the folder writ"),
-    ):
-        save_compiled(compiled("text"), path)
-    assert list(open_folder.iterdir()) == []
 
 
 # Files that are something else.
