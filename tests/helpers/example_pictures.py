@@ -14,7 +14,7 @@ from playwright.sync_api import Page, expect
 from comfyui_psa.training.comfyui import PACK, ComfyUIServer
 
 FOLDER = PACK / "example_workflows"
-STILLS = ("psa_sd15", "psa_beside_others", "psa_beside_ipadapter")  # these need a checkpoint
+STILLS = {"psa_sd15": 16, "psa_sdxl": 70, "psa_beside_others": 16, "psa_beside_ipadapter": 16}  # layers of a checkpoint
 GRAPHS = ("psa_first_steps", "psa_levels", "psa_explain", "psa_compiled")
 OVERLAYS = ("Comfy.Minimap.Visible", "Comfy.Graph.CanvasInfo", "Comfy.Graph.CanvasMenu")
 WIDTH, README_WIDTH = 820, 1640  # of a graph, in pixels
@@ -71,9 +71,9 @@ def draw_examples(page: Page, server: ComfyUIServer) -> None:
 
 def draw_stills(page: Page) -> None:
     """Write the pictures of examples with a checkpoint, which do not run here, and of the README's graph."""
-    for name in STILLS:
+    for name, layers in STILLS.items():
         load_workflow(page, json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
-        expect(page.get_by_text("16 cross-attention layers")).to_be_visible()
+        expect(page.get_by_text(f"{layers} cross-attention layers")).to_be_visible()
         _graph(page, WIDTH).save(FOLDER / f"{name}.jpg", quality=80)
         if name == "psa_sd15":
             page.evaluate("() => app.graph.remove(app.graph.nodes.find((node) => node.type === 'MarkdownNote'))")

@@ -26,9 +26,11 @@ FILES = (
     "psa_embeddings/mine.safetensors",
     "psa_compiled/my_profile.safetensors",
     "checkpoints/v1-5-pruned-emaonly-fp16.safetensors",
+    "checkpoints/sd_xl_base_1.0.safetensors",
     "loras/add_detail.safetensors",
     "controlnet/control_v11p_sd15_canny_fp16.safetensors",
 )
+ADAPTERS = {"psa_sd15.bin": "sd1", "psa_sdxl.bin": "sdxl"}
 MORE = (
     "PSAUserProfile",
     "PSALoadEmbedding",
@@ -62,7 +64,7 @@ def main() -> None:
 
 
 def _install(base: Path) -> None:
-    """Put files into a ComfyUI of the names that are shown: an adapter for SD1.5, and otherwise empty ones."""
+    """Put files into a ComfyUI of the names that are shown: adapters of random numbers, and otherwise empty ones."""
     models = base / "models"
     for name in FILES:
         (models / name).parent.mkdir(parents=True, exist_ok=True)
@@ -71,9 +73,10 @@ def _install(base: Path) -> None:
     explained = PIL.Image.open(PACK / "docs" / "images" / "explain.png")
     side = explained.height  # the second of its pictures is of a house
     explained.crop((side, 0, 2 * side, side)).save(base / "input" / "example.png")
-    (family,) = (family for family in FAMILIES if family.name == "sd1")
-    adapter = models / "psa_adapters" / "psa_sd15.bin"
-    write_release_adapter(adapter, family.hidden_sizes, family.cross_attention_dim, 3584)
+    for file, name in ADAPTERS.items():
+        (family,) = (family for family in FAMILIES if family.name == name)
+        path = models / "psa_adapters" / file
+        write_release_adapter(path, family.hidden_sizes, family.cross_attention_dim, 3584)
     stand_in = Path(__file__).with_name("ipadapter_stand_in.py")
     (base / "custom_nodes" / "ComfyUI_IPAdapter_plus.py").symlink_to(stand_in)
 
