@@ -25,7 +25,7 @@ from .compiled_tensors import CompiledSpec, described, pack, shapes, unpack
 from .config import NullMode
 from .errors import AdapterError
 from .files import FORMAT as ADAPTER_FORMAT
-from .files import read_safetensors, writing
+from .files import is_there, read_safetensors, writing
 from .sites import Site
 
 FORMAT = "psa_compiled"
@@ -117,10 +117,11 @@ def save_compiled(profile: CompiledProfile, path: Path, precision: Precision = "
     else ever is.
 
     Raises:
-        AdapterError: there is another file, a number is too large for float16, or the file cannot be written.
+        AdapterError: there is another file, or one that may not be read, a number is too large for float16, or the file
+            cannot be written.
     """
     tensors = {name: _rounded(name, value, precision) for name, value in pack(profile.effect).items()}
-    if path.exists():
+    if is_there(path):
         try:
             found = load_compiled(path)
         except AdapterError:
@@ -147,9 +148,9 @@ def load_compiled(path: Path) -> CompiledProfile:
     """Load a compiled profile; its numbers become float32.
 
     Raises:
-        AdapterError: the file is missing, damaged, no compiled profile, of another version, or not whole.
+        AdapterError: the file is missing, closed to us, damaged, no compiled profile, of another version, or not whole.
     """
-    if not path.is_file():
+    if not is_there(path):
         raise AdapterError(f"There is no compiled profile {path}. Put the file there, or choose another one.")
     tensors, metadata = read_safetensors(path)
     spec = _read_spec(metadata, path)

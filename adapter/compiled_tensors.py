@@ -65,12 +65,7 @@ class CompiledSpec(Base):
 
     @model_validator(mode="after")
     def _acts(self) -> CompiledSpec:
-        if not (self.constant or self.gated or self.text):
-            raise ValueError("it acts in no way: neither constant, nor gated, nor text")
-        if not self.hidden_sizes and (self.constant or self.gated):
-            raise ValueError("it acts at cross-attention layers, and names none (hidden_sizes)")
-        if self.null != "none" and not self.constant:
-            raise ValueError('only the constant kind has a null user: null has to be "none"')
+        self.check_acts(self.constant, self.gated, self.text, self.null)
         if self.pooled_dim and not self.text:
             raise ValueError("it changes pooled text, and no text")
         return self

@@ -105,6 +105,15 @@ class Base(Spec):
         """The base in few words: "SDXL"."""
         return family_title(self.base) if self.base else self.describe_base()
 
+    def check_acts(self, constant: bool, gated: object, text: object, null: NullMode) -> None:
+        """Raise ValueError unless what acts in these ways, with this null user, makes sense on these models."""
+        if not (constant or gated or text):
+            raise ValueError("it acts in no way: neither constant, nor gated, nor text")
+        if not self.hidden_sizes and (constant or gated):
+            raise ValueError("it acts at cross-attention layers, and names none (hidden_sizes)")
+        if null != "none" and not constant:
+            raise ValueError('only the constant kind has a null user: null has to be "none"')
+
     def describe_base(self) -> str:
         """Return the base in words, for messages."""
         if not self.hidden_sizes:
@@ -165,14 +174,9 @@ class AdapterConfig(Base):
 
     @model_validator(mode="after")
     def _check_kinds(self) -> AdapterConfig:
-        if not self.kinds:
-            raise ValueError("it acts in no way: neither constant, nor gated, nor text")
-        if not self.hidden_sizes and self.kinds != ("text",):
-            raise ValueError("it acts at cross-attention layers, and names none (hidden_sizes)")
+        self.check_acts(self.constant, self.gated, self.text, self.null)
         if self.gated and any(size % self.gated.heads for size in self.hidden_sizes):
             raise ValueError(f"{self.gated.heads} heads do not divide all of its layers' widths")
-        if self.null != "none" and not self.constant:
-            raise ValueError('only the constant kind has a null user: null has to be "none"')
         return self
 
     @property

@@ -35,7 +35,7 @@ def load_adapter(path: Path) -> PSAAdapter:
     Pickles are read with ``weights_only=True``: code in them never runs.
 
     Raises:
-        AdapterError: the file is missing, damaged, no adapter, incomplete, or holds NaN or infinity.
+        AdapterError: the file is missing, closed to us, damaged, no adapter, incomplete, or holds NaN or infinity.
     """
     _check_file(path)
     if path.suffix.lower() in PICKLE_SUFFIXES:
@@ -163,8 +163,22 @@ def _build(config: AdapterConfig, tensors: Mapping[str, Tensor], path: Path) -> 
     return adapter.requires_grad_(False).eval()
 
 
+def is_there(path: Path) -> bool:
+    """Return whether there is such a file; raise AdapterError if it is known, or hidden, and may not be read."""
+    try:
+        with path.open("rb"):
+            return True
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise AdapterError(
+            f"{path} cannot be read ({error.strerror}). Make the file and its folder readable for the account under "
+            "which ComfyUI runs, or choose another file."
+        ) from None
+
+
 def _check_file(path: Path) -> None:
-    if not path.is_file():
+    if not is_there(path):
         raise AdapterError(f"There is no adapter file {path}. Put the adapter there, or choose another one.")
     if path.suffix.lower() not in SUFFIXES:
         raise AdapterError(f"{path.name} is not an adapter file: expected one of {', '.join(SUFFIXES)}.")

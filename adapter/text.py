@@ -142,8 +142,6 @@ class TextAdapter(nn.Module):
     def __init__(self, spec: TextSpec, text_dim: int, embedding_dim: int) -> None:
         """Make one for text of width ``text_dim``, and for pooled vectors if ``spec`` has their width."""
         super().__init__()
-        self.text_dim = text_dim
-        self.pooled_dim = spec.pooled_dim
         self.user_proj = UserProjection(embedding_dim, spec.token_dim, spec.num_tokens)
         self.tokens = _FORMS[spec.form](text_dim, spec)
         self.pooled = _FORMS[spec.form](spec.pooled_dim, spec) if spec.pooled_dim else None

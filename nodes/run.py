@@ -284,7 +284,8 @@ class Run:
         vectors: Tensor | None = None
         constant: tuple[Tensor, ...] = ()
         if table.constant is not None:
-            vectors = table.constant[torch.tensor(numbers, device=table.constant.device)][:, None]
+            # Made in this shape: a compiled model looks at what a tensor is a view of.
+            vectors = table.constant[:, None][torch.tensor(numbers, device=table.constant.device)]
             constant = torch.split(vectors, [row.shape[1] for row in self.patch.rows], dim=2)
         gates, places = table.gates, None
         if gates:

@@ -93,11 +93,17 @@ class Audience(Profile):
     An attribute that not all of them share is unsaid.
     """
 
-    members: tuple[Profile, ...]
+    members: Annotated[tuple[Profile, ...], Field(min_length=1)]
 
     @classmethod
     def of(cls, *profiles: Profile) -> Audience:
-        """Return the audience of these people; audiences among them are taken apart."""
+        """Return the audience of these people; audiences among them are taken apart.
+
+        Raises:
+            ProfileError: it would be nobody.
+        """
+        if not profiles:
+            raise ProfileError("The audience has nobody in it, so nothing would be banned. Name at least one profile.")
         members = [
             member
             for profile in profiles

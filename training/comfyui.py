@@ -33,6 +33,7 @@ _http.trust_env = False
 
 _START_SECONDS = 180
 _REQUEST_SECONDS = 60
+_MUTED = 2  # LiteGraph's mode "never"
 
 
 @dataclass(frozen=True)
@@ -208,12 +209,12 @@ def _free_port() -> int:
 def to_prompt(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> Prompt:
     """Turn a workflow (the frontend's format) into a prompt (the API's), as the frontend does when it queues.
 
-    Covers what this pack's examples use: nodes, links and widgets; no subgraphs, no bypassed nodes.
+    Covers what this pack's examples use: nodes, links and widgets, muted nodes; no subgraphs, no bypassed nodes.
     """
     links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     prompt: Prompt = {}
     for node in workflow["nodes"]:
-        if node["type"] not in object_info:  # notes live in the browser only
+        if node["type"] not in object_info or node.get("mode") == _MUTED:  # notes live in the browser only
             continue
         info = object_info[node["type"]]["input"]
         values = deque(node.get("widgets_values", []))

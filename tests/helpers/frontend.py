@@ -110,6 +110,20 @@ def queue(page: Page) -> dict[str, Any]:
     return result
 
 
+def unmute(page: Page) -> int:
+    """Let the muted nodes of the graph run as well, and look for new files, as Ctrl+M and R do; return how many."""
+    number: int = page.evaluate(
+        """async () => {
+            await app.refreshComboInNodes();
+            const muted = app.graph.nodes.filter((node) => node.mode === LiteGraph.NEVER);
+            muted.forEach((node) => { node.mode = LiteGraph.ALWAYS; });
+            app.canvas.setDirty(true, true);
+            return muted.length;
+        }"""
+    )
+    return number
+
+
 def run(page: Page, server: ComfyUIServer) -> list[PIL.Image.Image]:
     """Queue the graph, and return the pictures that it saves or previews, node by node."""
     result = queue(page)

@@ -10,16 +10,27 @@ import tempfile
 from pathlib import Path
 
 import PIL.Image
-from example_pictures import draw_examples
+from example_pictures import draw_examples, draw_stills, make_room
 from frontend import NEWEST, load_page, open_chromium, open_page
 from playwright.sync_api import Page, expect
 from studio import COMFYUI
 
+from comfyui_psa.adapter import FAMILIES
 from comfyui_psa.profiles import Profile, ProfileStore, profiles_folder
 from comfyui_psa.training.comfyui import PACK, ComfyUIServer, prepare_base
+from comfyui_psa.training.synthetic import write_release_adapter
 
 EXAMPLE = PACK / "example_workflows" / "psa_explain.json"
 MARGIN = 16  # pixels around a node
+FILES = (
+    "psa_embeddings/mine.safetensors",
+    "psa_compiled/my_profile.safetensors",
+    "checkpoints/v1-5-pruned-emaonly-fp16.safetensors",
+    "checkpoints/sd_xl_base_1.0.safetensors",
+    "loras/add_detail.safetensors",
+    "controlnet/control_v11p_sd15_canny_fp16.safetensors",
+)
+ADAPTERS = {"psa_sd15.bin": "sd1", "psa_sdxl.bin": "sdxl"}
 MORE = (
     "PSAUserProfile",
     "PSALoadEmbedding",
@@ -42,13 +53,32 @@ def main() -> None:
         base = prepare_base(Path(folder))
         store = ProfileStore(profiles_folder(base / "user"))
         store.activate(store.create(Profile(name="Evening", age=12, overrides={"Violence": "allow"})).id)
-        (base / "models" / "psa_embeddings" / "mine.safetensors").touch()
-        (base / "models" / "psa_compiled" / "my_profile.safetensors").touch()
+        _install(base)
         with ComfyUIServer(COMFYUI, base, *NEWEST) as server, open_chromium() as chromium:
             page = open_page(chromium, server.url, nodes2=True)
             draw(page)
             load_page(page, server.url, nodes2=False)
+            make_room(page)
+            draw_stills(page)
             draw_examples(page, server)
+
+
+def _install(base: Path) -> None:
+    """Put files into a ComfyUI of the names that are shown: adapters of random numbers, and otherwise empty ones."""
+    models = base / "models"
+    for name in FILES:
+        (models / name).parent.mkdir(parents=True, exist_ok=True)
+        (models / name).touch()
+    (base / "input").mkdir()
+    explained = PIL.Image.open(PACK / "docs" / "images" / "explain.png")
+    side = explained.height  # the second of its pictures is of a house
+    explained.crop((side, 0, 2 * side, side)).save(base / "input" / "example.png")
+    for file, name in ADAPTERS.items():
+        (family,) = (family for family in FAMILIES if family.name == name)
+        path = models / "psa_adapters" / file
+        write_release_adapter(path, family.hidden_sizes, family.cross_attention_dim, 3584)
+    stand_in = Path(__file__).with_name("ipadapter_stand_in.py")
+    (base / "custom_nodes" / "ComfyUI_IPAdapter_plus.py").symlink_to(stand_in)
 
 
 def draw(page: Page) -> None:

@@ -124,6 +124,21 @@ def test_masks_share_one_graph(small: ModelPatcher, adapter: PSAAdapter, compile
     assert graphs(compiler) == whole
 
 
+@pytest.mark.parametrize("kind", ["all"])
+def test_a_mask_on_text_and_steps_that_rest_make_two_graphs(
+    small: ModelPatcher, adapter: PSAAdapter, compiler: Any
+) -> None:
+    """Where PSA rests there is one version of a prompt, else two: the batch has another size. Compiled once each."""
+    for mask, number, options in (
+        (left_half(8, 8), 0, {"start_percent": 0.3, "end_percent": 0.7}),
+        (soft(8, 8), 1, {"start_percent": 0.1, "end_percent": 0.5, "strength": 0.4}),
+        (left_half(8, 8), 2, {"curve": Curve("linear")}),
+    ):
+        patched = apply_psa(small, adapter, users(number), region=Region(mask), **options)
+        assert difference(run(compiled(patched)), run(patched)) < ROUNDING
+        assert graphs(compiler) == 2
+
+
 @pytest.mark.parametrize("kind", ["text", "all"])
 def test_two_in_a_row_share_one_graph(small: ModelPatcher, adapter: PSAAdapter, compiler: Any) -> None:
     def both(first: int, second: int, strength: float) -> ModelPatcher:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_testing import ROUNDING, TINY, conditioning, denoise, difference, noise, sigma_at
+from threads import in_threads
 from torch import Tensor
 
 from comfyui_psa.adapter import AdapterError, PSAAdapter
@@ -152,31 +152,6 @@ def test_a_range_that_no_step_meets_is_noted(
 
 
 def test_halves_in_two_threads_do_not_mix(model: ModelPatcher, adapter: PSAAdapter, users: Users) -> None:
-    """As packs for several GPUs do: each chunk of a call in a thread of its own."""
-
-    def in_threads(apply: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
-        chunks = args["cond_or_uncond"]
-        options = args["c"]["transformer_options"]
-        results: dict[int, Tensor] = {}
-        together = threading.Barrier(len(chunks))
-
-        def one(i: int) -> None:
-            with torch.no_grad():
-                together.wait()
-                results[i] = apply(
-                    args["input"].chunk(len(chunks))[i],
-                    args["timestep"].chunk(len(chunks))[i],
-                    c_crossattn=args["c"]["c_crossattn"].chunk(len(chunks))[i],
-                    transformer_options={**options, "cond_or_uncond": [chunks[i]]},
-                )
-
-        threads = [threading.Thread(target=one, args=(i,)) for i in range(len(chunks))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return torch.cat([results[i] for i in range(len(chunks))])
-
     patched = apply_psa(model, adapter, users(0))
     expected = denoise(patched, POSITIVE, NEGATIVE, LATENT, 4.0)
     patched.set_model_unet_function_wrapper(in_threads)

@@ -7,7 +7,16 @@ import itertools
 import pytest
 import torch
 
-from comfyui_psa.profiles import Audience, Profile, banned_categories, decide, default_template, fill_template, levels
+from comfyui_psa.profiles import (
+    Audience,
+    Profile,
+    ProfileError,
+    banned_categories,
+    decide,
+    default_template,
+    fill_template,
+    levels,
+)
 from comfyui_psa.profiles.encoders import AttributesEncoder
 
 CHILD = Profile(name="Qanzibel", age=9, religion="Islam", notes="plinder")
@@ -53,3 +62,10 @@ def test_order_and_grouping_do_not_matter() -> None:
 def test_it_prints_nothing_of_anybody(show: object) -> None:
     assert callable(show)
     assert show(Audience.of(CHILD, ADULT)) == "Profile(private)"
+
+
+def test_nobody_is_no_audience() -> None:
+    with pytest.raises(ProfileError, match="nobody in it, so nothing would be banned"):
+        Audience.of()
+    with pytest.raises(ValueError, match="at least 1 item"):
+        Audience(members=())

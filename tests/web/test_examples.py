@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -12,7 +13,7 @@ import PIL.Image
 import pytest
 import requests
 from examples import EXAMPLES, IPADAPTER, NOTE, declared, example, installed, make_files, node_models, problems
-from frontend import Pages, exported_prompt, load_workflow, run
+from frontend import Pages, exported_prompt, load_workflow, run, unmute
 from playwright.sync_api import Page, expect
 from studio import Studio
 
@@ -161,13 +162,24 @@ def test_explain_points_at_what_is_held_back(page: Page, studio: Studio) -> None
         assert held_back[glowing].mean() > 2 * held_back[~glowing].mean()
 
 
+def cut(sheet: PIL.Image.Image, rows: int, columns: int) -> list[list[PIL.Image.Image]]:
+    """The pictures of a Compare Sheet, row by row."""
+    margin, step = 18, 96 + 6
+    lefts = [sheet.width - margin - 96 - place * step for place in reversed(range(columns))]
+    tops = [sheet.height - margin - 96 - place * step for place in reversed(range(rows))]
+    return [[sheet.crop((left, top, left + 96, top + 96)) for left in lefts] for top in tops]
+
+
 def columns_of(sheet: PIL.Image.Image, columns: int) -> list[list[Sighting]]:
     """What is in the three pictures of each column of a Compare Sheet."""
-    margin, step = 18, 96 + 6
     detector = load_detector(MINIATURE / DETECTOR)
-    lefts = [sheet.width - margin - 96 - place * step for place in reversed(range(columns))]
-    tops = [sheet.height - margin - 96 - row * step for row in range(3)]
-    return [detector.see([sheet.crop((left, top, left + 96, top + 96)) for top in tops]) for left in lefts]
+    return [detector.see(pictures) for pictures in zip(*cut(sheet, 3, columns), strict=True)]
+
+
+def rows_of(sheet: PIL.Image.Image) -> list[Counter[str]]:
+    """In how many of its four pictures each row of a Compare Sheet has the sign of a category; there are four."""
+    detector = load_detector(MINIATURE / DETECTOR)
+    return [Counter(category for seen in detector.see(row) for category in seen.glyphs) for row in cut(sheet, 4, 4)]
 
 
 def test_one_batch_is_six_people(page: Page, studio: Studio) -> None:
@@ -191,12 +203,41 @@ def test_a_mixture_is_between_two_people(page: Page, studio: Studio) -> None:
     assert sum("house" in seen.objects for column in columns for seen in column) >= 10
 
 
+def test_an_audience_is_spared_what_one_of_them_bans(page: Page, studio: Studio) -> None:
+    """Burst (Violence) and banner (Propaganda): each of two people gets the other's, both together get neither."""
+    load_workflow(page, example("psa_audience"))
+    (sheet,) = run(page, studio.server)
+    first, second, together, words = rows_of(sheet)
+    assert (first["Violence"], together["Violence"], together["Propaganda"]) == (0, 0, 0)
+    assert min(first["Propaganda"], second["Violence"]) >= 3
+    assert second["Propaganda"] == 0
+    assert min(words["Violence"], words["Propaganda"]) >= 2  # as the note says
+
+
+def test_a_falling_strength_spares_the_place(page: Page, studio: Studio) -> None:
+    """Bolts (Shocking) are there without PSA, and as good as gone with it; where the strength falls, the beach is not
+    washed out.
+    """
+    load_workflow(page, example("psa_schedule"))
+    (sheet,) = run(page, studio.server)
+    bolts = [row["Shocking"] for row in rows_of(sheet)]
+    assert bolts[0] >= 3
+    assert max(bolts[1:]) <= 1
+    plain, constant, *falling = (
+        np.stack([np.asarray(picture, dtype=np.float32) for picture in row]) for row in cut(sheet, 4, 4)
+    )
+    assert max(float(np.abs(row - plain).mean()) for row in falling) < 0.7 * float(np.abs(constant - plain).mean())
+
+
 def test_a_compiled_profile_needs_no_adapter(page: Page, studio: Studio) -> None:
     load_workflow(page, example("psa_compiled"))
     pictures = run(page, studio.server)
     detector = load_detector(MINIATURE / DETECTOR)
     assert sum("Sexuality" in seen.glyphs for seen in detector.see(pictures)) <= 1
     assert (studio.server.base / "models" / "psa_compiled" / "level_5.safetensors").is_file()
+    assert unmute(page) == 5  # the next time: the file alone
+    both = [picture.tobytes() for picture in run(page, studio.server)]
+    assert both == 2 * [picture.tobytes() for picture in pictures]
 
 
 def test_stricter_levels_remove_more(page: Page, studio: Studio) -> None:

@@ -86,8 +86,17 @@ def plot_curves(curves: Sequence[Curve], labels: Sequence[str], path: Path, perc
     for number, curve in enumerate(curves):
         colour, mark, line = style(labels.index(curve.method) if curve.method in labels else number)
         safe, good = [100 * point.safety for point in curve.points], [scale * point.quality for point in curve.points]
-        look = {"color": colour, "marker": mark, "linestyle": line, "markersize": 6, "linewidth": 1.4, "alpha": 0.85}
-        axes.plot(safe, good, label=curve.method, **look)
+        axes.plot(
+            safe,
+            good,
+            label=curve.method,
+            color=colour,
+            marker=mark,
+            linestyle=line,
+            markersize=6,
+            linewidth=1.4,
+            alpha=0.85,
+        )
         _name_points(axes, curve, safe, good, colour, number)
     axes.set_xlabel("safety: % of pictures without anything inappropriate", fontsize=9)
     axes.set_ylabel(f"{curves[0].quality}, {curves[0].prompts} prompts{', %' if percent else ''}", fontsize=9)

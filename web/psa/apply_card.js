@@ -90,7 +90,10 @@ export function addApplyCard(node, store) {
 
   // ComfyUI tells nobody that a node was bypassed.
   whileShown(node, () => {
-    const stops = [follow(() => `${effectiveMode(node)} ${strength()} ${isAlongACurve()}`, showBadge), follow(() => `${isLinked(node, 'adapter')} ${adapterName()} ${compiledName()}`, showFacts)]
+    const stops = [
+      follow(() => `${effectiveMode(node)} ${strength()} ${isAlongACurve()}`, showBadge),
+      follow(() => `${isLinked(node, 'adapter')} ${adapterName()} ${compiledName()}`, showFacts)
+    ]
     return () => stops.forEach((stop) => stop())
   })
 }
