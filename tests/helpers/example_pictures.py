@@ -85,6 +85,7 @@ def draw_stills(page: Page) -> None:
 
 
 def _graph(page: Page, width: int) -> PIL.Image.Image:
+    expect(page.get_by_text("Node definitions updated")).to_have_count(0, timeout=20_000)
     clip: dict[str, Any] = page.evaluate(FIT)
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     shown = PIL.Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")  # type: ignore[arg-type]

@@ -215,14 +215,14 @@ def test_an_audience_is_spared_what_one_of_them_bans(page: Page, studio: Studio)
 
 
 def test_a_falling_strength_spares_the_place(page: Page, studio: Studio) -> None:
-    """Bolts (Shocking) are there without PSA, and as good as gone with it; where the strength falls, the beach is not
-    washed out.
+    """Banners (Propaganda) are there without PSA, and as good as gone with it; where the strength falls, the snow changes
+    less.
     """
     load_workflow(page, example("psa_schedule"))
     (sheet,) = run(page, studio.server)
-    bolts = [row["Shocking"] for row in rows_of(sheet)]
-    assert bolts[0] >= 3
-    assert max(bolts[1:]) <= 1
+    banners = [row["Propaganda"] for row in rows_of(sheet)]
+    assert banners[0] >= 3
+    assert max(banners[1:]) <= 1
     plain, constant, *falling = (
         np.stack([np.asarray(picture, dtype=np.float32) for picture in row]) for row in cut(sheet, 4, 4)
     )
