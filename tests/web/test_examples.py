@@ -215,9 +215,7 @@ def test_an_audience_is_spared_what_one_of_them_bans(page: Page, studio: Studio)
 
 
 def test_a_falling_strength_spares_the_place(page: Page, studio: Studio) -> None:
-    """Banners (Propaganda) are there without PSA, and as good as gone with it; where the strength falls, the snow changes
-    less.
-    """
+    """Banners (Propaganda) are there without PSA, and as good as gone with it; a falling strength changes less snow."""
     load_workflow(page, example("psa_schedule"))
     (sheet,) = run(page, studio.server)
     banners = [row["Propaganda"] for row in rows_of(sheet)]
