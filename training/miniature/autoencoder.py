@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .architecture import make_autoencoder
 from .drawing import SIZE, draw
-from .fitting import Plan, fit
+from .fitting import Part, Plan, fit, halves
 from .pixels import to_pixels
 from .world import Scene, any_scene
 
@@ -34,17 +34,17 @@ def train_autoencoder(folder: Path, seed: int, progress: Progress, plan: Plan) -
     scenes = [any_scene(rng) for _ in range(min(_DRAWN_AHEAD, plan.steps * BATCH))]
     drawn = np.stack([np.asarray(draw(scene)) for scene in scenes])
 
-    def loss(step: int) -> Tensor:
+    def loss(step: int, part: Part) -> Tensor:
         rng = np.random.default_rng((seed, 0, step))
         rows = rng.integers(len(drawn), size=BATCH)
-        pixels = to_pixels(_crop(drawn[row], scenes[row], rng) for row in rows)
+        pixels = to_pixels(_crop(drawn[row], scenes[row], rng) for row in rows)[part]
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         latents = model.encode(pixels.contiguous(memory_format=torch.channels_last)).latents
-        noisy = latents + _NOISE * torch.randn(latents.shape, generator=generator)
+        noisy = latents + _NOISE * torch.randn((BATCH, *latents.shape[1:]), generator=generator)[part]
         decoded = model.decode(noisy).sample
         return reconstruction_loss(decoded, pixels, step >= 0.4 * plan.steps) + _UNIT * unit_loss(latents)
 
-    fit(plan, model, loss, folder, seed, progress)
+    fit(plan, model, loss, folder, seed, progress, halves(BATCH))
     return model
 
 

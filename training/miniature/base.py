@@ -20,7 +20,7 @@ from ..dpo.denoising import prediction_target
 from .architecture import make_scheduler, make_unet
 from .captions import caption
 from .corpus import Corpus
-from .fitting import Plan, fit
+from .fitting import Part, Plan, fit, halves
 from .reading import to_tokens
 
 PLAN = Plan("UNet", steps=6400, learning_rate=2e-3, ema_decay=0.998, weight_decay=0.01, cycles=2)
@@ -44,7 +44,7 @@ def train_unet(
     unet = make_unet()
     scheduler = make_scheduler()
 
-    def loss(step: int) -> Tensor:
+    def loss(step: int, part: Part) -> Tensor:
         rng = np.random.default_rng((seed, 2, step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         rows = rng.integers(len(corpus.scenes), size=BATCH)
@@ -53,11 +53,11 @@ def train_unet(
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = _timesteps(scheduler.config.num_train_timesteps, generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        target = prediction_target(scheduler, latents, noise, timesteps)
-        text = text_encoder(to_tokens(tokenizer, captions)).last_hidden_state
-        return F.mse_loss(unet(noisy, timesteps, text).sample, target)
+        target = prediction_target(scheduler, latents, noise, timesteps)[part]
+        text = text_encoder(to_tokens(tokenizer, captions[part])).last_hidden_state
+        return F.mse_loss(unet(noisy[part], timesteps[part], text).sample, target)
 
-    fit(plan, unet, loss, folder, seed, progress)
+    fit(plan, unet, loss, folder, seed, progress, halves(BATCH))
     return unet
 
 

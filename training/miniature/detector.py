@@ -23,7 +23,7 @@ from ...safe_files import DAMAGE, replacing
 from ..errors import TrainingError
 from .corpus import Corpus
 from .drawing import draw
-from .fitting import Plan, fit
+from .fitting import Part, Plan, fit
 from .pixels import to_pixels
 from .sampling import Painter
 from .world import LABELS, OBJECTS, Scene, any_scene, labels
@@ -101,7 +101,7 @@ def train_detector(
     decoded = decode(autoencoder, corpus.latents[:_DECODED])
     targets = torch.tensor(labels(scenes))
 
-    def loss(step: int) -> Tensor:
+    def loss(step: int, part: Part) -> Tensor:
         rng = np.random.default_rng((seed, 1, step))
         fresh = [any_scene(rng) for _ in range(BATCH // 2)]
         again = torch.from_numpy(rng.integers(len(scenes), size=BATCH // 2))
@@ -111,7 +111,7 @@ def train_detector(
         pixels = pixels * float(rng.uniform(0.85, 1.1)) + float(rng.uniform(-0.1, 0.1))
         pixels = pixels + float(rng.uniform(0, 0.12)) * torch.randn(pixels.shape, generator=noise)
         truth = torch.cat((torch.tensor(labels(fresh)), targets[again]))
-        return F.binary_cross_entropy_with_logits(detector(pixels), truth)
+        return F.binary_cross_entropy_with_logits(detector(pixels[part]), truth[part])
 
     fit(plan, detector, loss, folder, seed, progress)
     return detector

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from .architecture import TEXT_DIM, TOKENS, make_text_encoder
 from .captions import MENTIONS, caption
 from .corpus import Corpus
-from .fitting import Plan, fit
+from .fitting import Part, Plan, fit
 from .world import LABELS, PLACES, labels
 
 PLAN = Plan("text model", steps=500, learning_rate=1e-3, ema_decay=0.98)
@@ -38,13 +38,13 @@ def train_text_model(
     torch.manual_seed(seed)
     reader = _Reader(make_text_encoder(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id))
 
-    def loss(step: int) -> Tensor:
+    def loss(step: int, part: Part) -> Tensor:
         rng = np.random.default_rng((seed, 3, step))
         scenes = [corpus.scenes[int(row)] for row in rng.integers(len(corpus.scenes), size=BATCH)]
         captions = [caption(scene, rng, MENTIONS[int(rng.integers(2))]) for scene in scenes]
         places = torch.tensor([PLACES.index(scene.place) for scene in scenes])
         truth = torch.cat((torch.tensor(labels(scenes)), F.one_hot(places, len(PLACES))), dim=1)
-        return F.binary_cross_entropy_with_logits(reader(to_tokens(tokenizer, captions)), truth)
+        return F.binary_cross_entropy_with_logits(reader(to_tokens(tokenizer, captions[part])), truth[part])
 
     fit(plan, reader, loss, folder, seed, progress)
     return reader.text_encoder

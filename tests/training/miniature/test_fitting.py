@@ -10,7 +10,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from comfyui_psa.training.errors import TrainingError
-from comfyui_psa.training.miniature.fitting import Plan, fit
+from comfyui_psa.training.miniature.fitting import WHOLE, Part, Plan, fit, halves
 
 PLAN = Plan("line", steps=401, learning_rate=0.1)
 
@@ -19,18 +19,18 @@ class StopError(Exception):
     pass
 
 
-def train(folder: Path, stop: int | None = None, seed: int = 0) -> nn.Linear:
+def train(folder: Path, stop: int | None = None, seed: int = 0, parts: tuple[Part, ...] = (WHOLE,)) -> nn.Linear:
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
 
-    def loss(step: int) -> Tensor:
+    def loss(step: int, part: Part) -> Tensor:
         if step == stop:
             raise StopError
-        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))[part]
         return (model(x) - x @ torch.tensor([[1.0], [-2.0], [0.5]]) - 3).square().mean()
 
     with Progress(disable=True) as progress:
-        fit(PLAN, model, loss, folder, seed, progress)
+        fit(PLAN, model, loss, folder, seed, progress, parts)
     return model
 
 
@@ -39,6 +39,11 @@ def test_it_learns(tmp_path: Path) -> None:
     assert torch.allclose(model.weight, torch.tensor([[1.0, -2.0, 0.5]]), atol=0.05)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_halves_of_a_batch_have_its_gradient(tmp_path: Path) -> None:
+    whole, halved = train(tmp_path / "whole"), train(tmp_path / "halved", parts=halves(8))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole.parameters(), halved.parameters(), strict=True))
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path) -> None:
