@@ -165,10 +165,12 @@ def _build(config: AdapterConfig, tensors: Mapping[str, Tensor], path: Path) -> 
 
 def is_there(path: Path) -> bool:
     """Return whether there is such a file; raise AdapterError if it is known, or hidden, and may not be read."""
+    if path.is_dir():  # to open one is another error on Windows
+        return False
     try:
         with path.open("rb"):
             return True
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         raise AdapterError(

@@ -144,7 +144,7 @@ class PSAStrictestProfile(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Two to four profiles in; one out."""
+        """Two profiles in; one out."""
         return node_schema(
             ["PSA", "audience", "union", "combine profiles", "strictest"],
             node_id="PSAStrictestProfile",

@@ -63,9 +63,9 @@ class Groups(LoadFileScheduling):
         return next((name for name, parts in TOGETHER.items() if any(part in file for part in parts)), file)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups:
-    """Replace xdist's own scheduler."""
-    return Groups(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups | None:
+    """Replace xdist's own scheduler for whole files."""
+    return Groups(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="module", autouse=True)

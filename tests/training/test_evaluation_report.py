@@ -17,7 +17,7 @@ from comfyui_psa.training.errors import DataError, TrainingError
 from comfyui_psa.training.evaluation.assess import assess
 from comfyui_psa.training.evaluation.assess_config import AssessSettings
 from comfyui_psa.training.evaluation.manifest import write_manifest
-from comfyui_psa.training.evaluation.plots import style
+from comfyui_psa.training.plot_styles import style
 
 
 class Page(HTMLParser):
@@ -219,6 +219,20 @@ def test_headings_say_over_which_prompts_a_measure_is(folder: Path) -> None:
 
 def test_many_methods_are_drawn_in_different_ways() -> None:
     assert len({(colour, line) for colour, _, line in map(style, range(28))}) == 28
+
+
+def test_levels_are_shown_of_methods_that_know_them(tmp_path: Path) -> None:
+    blind = [f"blind {number}" for number in range(6)]  # as many as there are grids of levels
+    rows = []
+    for level in ("L0", "L5"):
+        for method in ("base", *blind, "PSA"):
+            image = f"{level}.png" if method == "PSA" else f"{method}.png"
+            draw_picture(tmp_path / image)
+            rows.append(row(image, method, user=level, level=level, seen=None, prompt_id="p"))
+    assessed(write_evaluation(tmp_path, rows))
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "PSA: the same prompts and noise for all levels" in report
+    assert "blind 0: the same prompts" not in report
 
 
 def test_unequal_settings_are_said(tmp_path: Path) -> None:

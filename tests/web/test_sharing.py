@@ -30,7 +30,7 @@ def page(empty_page: Page) -> Page:
 
 @contextmanager
 def everything_sent(page: Page) -> Iterator[list[bytes]]:
-    """Collect what goes over the network in both ways, but for the store's own routes."""
+    """Collect addresses and bodies of requests, and both ways of the socket, but for the store's own routes."""
     seen: list[bytes] = []
     finished: list[Request] = []
 

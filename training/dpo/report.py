@@ -169,7 +169,7 @@ def _chapters(config: TrainConfig) -> tuple[Chapter, ...]:
             "Unseen users may lie above them; a gap that keeps growing means that the adapter learns its users by "
             "heart. The margin grows without bound. Sudden jumps, or a loss that stays above ln 2, mean that "
             "`optimizer.learning_rate` or `loss.beta` is too high. **Implicit accuracy says nothing about the "
-            "pictures**: it was 0.85 to 0.99 in runs that did what their users wanted and in runs that did not. It "
+            "pictures**: it was about the same in runs that did what their users wanted and in runs that did not. It "
             "only has to leave 0.5. The anchor is there with `loss.winner_anchor`: chosen images should not get worse "
             "than in the base, so it belongs near 0 or below.",
         ),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import appendix
 from .beside_the_paper import beside_the_paper
-from .gallery import Gallery, is_level, unequal
+from .gallery import Gallery, is_level, others, unequal
 from .grids import draw_grids
 from .parts import Chapter, Figure, Part, Text, View, count, number_in_words, percent
 from .plots import plot_curves, plot_shares, plot_wins
@@ -68,8 +68,9 @@ def _glance(results: Results) -> Iterator[Part]:
             for label in gallery.labels
         ]
         kept = [i for i in range(1, len(columns) + 1) if any(row[i] for row in body)]
-        others = _others(gallery).capitalize()
-        title = {"seen": "People of the training", "unseen": "People whom no training saw", "": others}[seen]
+        title = {"seen": "People of the training", "unseen": "People whom no training saw"}.get(
+            seen, others(gallery).capitalize()
+        )
         yield View(
             ["method", *(columns[i - 1][0] for i in kept)], [[row[0], *(row[i] for i in kept)] for row in body], title
         )
@@ -78,11 +79,6 @@ def _glance(results: Results) -> Iterator[Part]:
         "bans where that gives the wider interval, are drawn again; where all prompts have the same share, it is "
         "Clopper and Pearson's or Wilson's interval for as many prompts. Runs are trainings with other seeds."
     )
-
-
-def _others(gallery: Gallery) -> str:
-    """Return what people are called of whom nobody can tell whether a training saw them."""
-    return "levels" if all(is_level(shown.people) for shown in gallery.pictures if not shown.seen) else "others"
 
 
 def _sorted(gallery: Gallery) -> str:
@@ -110,7 +106,7 @@ def _trainings(results: Results) -> Iterator[Part]:
         for label in results.gallery.labels:
             found = [results.spread(measure, Cell(label, EVERYONE, seen, asked)) for _, measure, asked in columns]
             if any(found):
-                rows.append([label, f"{seen} people" if seen else _others(results.gallery), *found])
+                rows.append([label, f"{seen} people" if seen else others(results.gallery), *found])
     kept = [i for i in range(len(columns)) if any(row[i + 2] for row in rows)]
     if rows:
         header = ["method", "people", *(columns[i][0].partition(", ")[0] for i in kept)]

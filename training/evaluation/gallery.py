@@ -170,6 +170,11 @@ def levels(pictures: Sequence[Shown]) -> list[str]:
     return sorted({shown.people for shown in pictures if is_level(shown.people)})
 
 
+def others(gallery: Gallery) -> str:
+    """Return what people are called of whom nobody can tell whether a training saw them."""
+    return "levels" if all(is_level(shown.people) for shown in gallery.pictures if not shown.seen) else "others"
+
+
 def is_level(people: str) -> bool:
     """Return whether a group of people is a level."""
     return _LEVEL.fullmatch(people) is not None

@@ -12,7 +12,7 @@ import PIL.Image
 from ...safe_files import replacing
 from ..picture_grid import picture_grid
 from .compliance import drawn
-from .gallery import Gallery, Shown, levels
+from .gallery import Gallery, Shown, is_level, levels
 
 _ROWS, _COLUMNS, _LEVEL_GRIDS = 8, 8, 6
 _TILE = 192  # pixels
@@ -30,11 +30,21 @@ def draw_grids(gallery: Gallery, folder: Path) -> list[Grid]:
     """Write the grids into ``folder``; cases are chosen by a hash of their names, and not by what they show."""
     folder.mkdir(parents=True, exist_ok=True)
     grids = _of_methods(gallery, folder)
-    for number, label in enumerate(label for label in gallery.labels if label != gallery.base):
-        if number < _LEVEL_GRIDS and len(levels(gallery.of(label))) > 1:
-            grid = _of_levels(gallery, label, folder / f"levels-{number + 1}.png")
-            grids += [grid] if grid else []
+    personal = [label for label in gallery.labels if label != gallery.base and _knows_levels(gallery.of(label))]
+    for number, label in enumerate(personal[:_LEVEL_GRIDS], start=1):
+        grid = _of_levels(gallery, label, folder / f"levels-{number}.png")
+        grids += [grid] if grid else []
     return grids
+
+
+def _knows_levels(pictures: Sequence[Shown]) -> bool:
+    """Whether a method draws a level other pictures than another one; those that know nobody share their files."""
+    files: dict[tuple[str, int, int], set[str]] = {}
+    for shown in pictures:
+        if is_level(shown.people):
+            case = (shown.picture.prompt_id, shown.picture.seed, shown.picture.run)
+            files.setdefault(case, set()).add(shown.picture.image)
+    return any(len(found) > 1 for found in files.values())
 
 
 def _of_methods(gallery: Gallery, folder: Path) -> list[Grid]:

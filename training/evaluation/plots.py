@@ -9,24 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...safe_files import replacing
+from ..plot_styles import style
 from .calibration import Curve
 from .compliance import Judged
-from .gallery import levels
+from .gallery import others
 from .results import Results
 from .tables import EVERYONE, Cell
 
-# Paul Tol's bright scheme, told apart by people who see colours differently; then other marks as well.
-_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")
-_MARKS = "osD^vPX*"
-_LINES = ("-", "--", ":", "-.")  # one round of colours each
 _SEEN = {"seen": ("#4477aa", "o"), "unseen": ("#ee6677", "D"), "": ("#228833", "s")}
 _WIN, _TIE, _LOSS = "#4477aa", "#dddddd", "#ee6677"
-
-
-def style(number: int) -> tuple[str, str, str]:
-    """Return the colour, the mark and the line of the n-th method; 28 of them differ in colour or line."""
-    rounds, place = divmod(number, len(_COLOURS))
-    return _COLOURS[place], _MARKS[number % len(_MARKS)], _LINES[rounds % len(_LINES)]
 
 
 def plot_shares(
@@ -63,7 +54,7 @@ def plot_shares(
                     markersize=5,
                     capsize=2.5,
                     linewidth=1.3,
-                    label=f"{seen} people" if seen else _others(results),
+                    label=f"{seen} people" if seen else others(results.gallery),
                 )
         panel.set_title(title, fontsize=10.5)
         panel.set_xlim(-3, 103)
@@ -136,12 +127,6 @@ def plot_wins(judged: Judged, path: Path) -> None:
     axes.grid(False)
     figure.legend(fontsize=9, frameon=False, loc="outside lower center", ncols=3)
     _save(figure, path)
-
-
-def _others(results: Results) -> str:
-    """What people are called of whom nobody can tell whether a training saw them."""
-    groups = {shown.people for shown in results.gallery.pictures if not shown.seen}
-    return "levels" if groups <= set(levels(results.gallery.pictures)) else "others"
 
 
 def _shares(

@@ -21,7 +21,7 @@ from ...safe_files import replacing
 from ..base import open_base
 from ..config import Section, load_config, read_toml
 from ..errors import TrainingError
-from ..evaluation.plots import style
+from ..plot_styles import style
 from . import PEOPLE, SEED
 from .adapters import Asked, evaluate, train_adapter, write_results
 from .cases import draw_cases

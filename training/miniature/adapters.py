@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from ...adapter import find_sites, load_adapter
 from ...profiles import find_level
-from ...safe_files import replacing
+from ...safe_files import DAMAGE, replacing
 from ..base import open_base
 from ..config import load_config
 from ..errors import DataError, TrainingError
@@ -24,7 +24,7 @@ from .cases import draw_cases
 from .evaluation import compare_all, draw_all, studios
 from .kept import Kept
 from .methods import BASE, NEGATIVE_PROMPT, Method
-from .pairs import draw_folder
+from .pairs import DRAWN, described, draw_folder
 from .recipe import DETECTOR, read_figures
 from .results import (
     LIKENESS,
@@ -75,7 +75,7 @@ def train_adapter(
     pairs = work / f"{kind}-pairs"
     if not pairs.is_dir():
         draw_folder(pairs, PAIRS, PEOPLE, SEED, static, progress)
-    _check_pairs(pairs)
+    _check_pairs(pairs, static)
     progress.stop()  # the training has bars of its own
     settings = (
         f"model.base={base}",
@@ -87,13 +87,17 @@ def train_adapter(
     return train(load_config(Path("miniature"), (*settings, *overrides)), console)
 
 
-def _check_pairs(folder: Path) -> None:
-    path = folder / "metadata.jsonl"
-    found = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
-    if found != PAIRS:
+def _check_pairs(folder: Path, static: bool) -> None:
+    expected = described(PAIRS, PEOPLE, SEED, static)
+    try:
+        found = json.loads((folder / DRAWN).read_text(encoding="utf-8"))
+    except DAMAGE:
+        found = None
+    if found != expected:
         raise DataError(
-            f"{folder} holds {found} pairs, but the miniature's are {PAIRS}. Delete it to have them drawn, name "
-            "another one with --work, or use `psa train` for pairs of your own."
+            f"{folder} holds other pairs than the miniature's ({folder / DRAWN} should say {json.dumps(expected)}; "
+            "pairs that an earlier version drew have no such file). Delete it to have them drawn, name another one "
+            "with --work, or use `psa train` for pairs of your own."
         )
 
 

@@ -73,7 +73,7 @@ def reconstruction_loss(found: Tensor, expected: Tensor, sharp: bool) -> Tensor:
 
 
 def unit_loss(latents: Tensor) -> Tensor:
-    """Return how far each latent channel is from mean 0 and deviation 1 over a batch."""
+    """Return how far each latent channel is from mean 0 and deviation 1 over these pictures, half a batch."""
     deviation, mean = torch.std_mean(latents, dim=(0, 2, 3))
     return mean.square().mean() + (deviation - 1).square().mean()
 

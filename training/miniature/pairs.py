@@ -34,6 +34,8 @@ USER_COLUMNS = (
     "Mental_Condition",
     "Banned_Categories",
 )
+DRAWN = "drawn.json"
+_VERSION = 2  # of how pairs are drawn: others have other pictures
 _HARMLESS_SHARE = 0.15
 _OTHER_OBJECT_SHARE = 0.7
 _NAMED_SHARE = 0.5
@@ -110,6 +112,11 @@ def _row(pair: ScenePair, person: Profile, names: dict[str, str]) -> dict[str, A
     }
 
 
+def described(count: int, people: int, seed: int, static: bool) -> dict[str, Any]:
+    """Return what decides the pairs of a folder, as its ``drawn.json`` says it."""
+    return {"version": _VERSION, "pairs": count, "people": people, "seed": seed, "static": static}
+
+
 def draw_folder(folder: Path, count: int, people: int, seed: int, static: bool, progress: Progress) -> None:
     """Write pairs of training people into a new folder; if ``static``, everybody bans everything.
 
@@ -128,6 +135,7 @@ def draw_folder(folder: Path, count: int, people: int, seed: int, static: bool, 
     try:
         shutil.rmtree(aside, ignore_errors=True)
         write_pairs(aside, persons, count, seed, lambda: progress.advance(task))
+        (aside / DRAWN).write_text(json.dumps(described(count, people, seed, static)) + "\n", encoding="utf-8")
         if folder.exists():
             folder.rmdir()
         aside.rename(folder)

@@ -87,6 +87,7 @@ def test_the_figures_come_from_the_written_files(base: Path) -> None:
         "named": 4,
         "implied": 4,
         "harmless": 4,
+        "all": 12,
     }
 
 
