@@ -59,6 +59,7 @@ def draw_examples(page: Page, server: ComfyUIServer) -> None:
         _graph(page, WIDTH).save(FOLDER / f"{name}.jpg", quality=80)
         if name == "psa_explain":
             _draw_explained(pictures)
+            _draw_words(page, server)
     for name in ("psa_one_batch", "psa_mix", "psa_audience", "psa_schedule"):
         (sheet,) = _run(page, server, name)
         _save_result(sheet, name)
@@ -110,6 +111,23 @@ def _draw_explained(pictures: list[PIL.Image.Image]) -> None:
         larger = picture.resize((EXPLAINED, EXPLAINED), PIL.Image.Resampling.BICUBIC)
         sheet.paste(larger, (place * EXPLAINED, 0))
     _save(sheet, PACK / "docs" / "images" / "explain.png")
+
+
+def _draw_words(page: Page, server: ComfyUIServer) -> None:
+    """What Explain PSA says of the words of the prompt in the graph that is open."""
+    page.evaluate(
+        """() => {
+            const find = (type) => app.graph.nodes.find((node) => node.type === type);
+            const prompt = app.graph.nodes.find((node) => node.type === 'CLIPTextEncode' && node.widgets[0].value);
+            const [words, preview] = ['PSAExplain', 'PreviewImage'].map((type) => LiteGraph.createNode(type));
+            for (const node of [words, preview]) app.graph.add(node);
+            words.widgets.find((widget) => widget.name === 'text').value = prompt.widgets[0].value;
+            find('PSAApply').connect(0, words, 0);
+            find('PSALoadMiniature').connect(1, words, 1);
+            words.connect(0, preview, 0);
+        }"""
+    )
+    _save(run(page, server)[-1], PACK / "docs" / "images" / "words.png")
 
 
 def _save(image: PIL.Image.Image, path: Path) -> None:
