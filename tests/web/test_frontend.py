@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import requests
 from languages import read_words
-from playwright.sync_api import Page
-from studio import Studio
+from playwright.sync_api import Browser, Page
+from schemas import SCHEMAS
 
-NODES = {
-    "PSALoadAdapter": "Load PSA Adapter",
-    "PSALoadMiniature": "Load PSA Miniature",
-    "PSASafetyLevel": "Safety Level",
-    "PSAUserProfile": "User Safety Profile",
-    "PSAStrictestProfile": "Strictest Safety Profile",
-    "PSAEncodeProfile": "Encode Safety Profile",
-    "PSAProfileToPrompt": "Safety Profile to Prompt",
-    "PSALoadEmbedding": "Load Safety Embedding",
-    "PSAApply": "Apply PSA",
-    "PSAExplain": "Explain PSA: Words",
-    "PSAExplainPicture": "Explain PSA: Picture",
-    "PSASafetyLevels": "Safety Levels",
-    "PSAMixProfiles": "Mix Safety Profiles",
-    "PSABatchProfiles": "Batch Safety Profiles",
-    "PSARepeatLatent": "Same Latent for Everyone",
-    "PSACompareSheet": "Compare Sheet",
-}
+from comfyui_psa.training.comfyui import ComfyUIServer
 
 
 def test_all_nodes_can_be_made(page: Page) -> None:
-    made = page.evaluate("(names) => names.map((name) => LiteGraph.createNode(name)?.title)", list(NODES))
-    assert made == list(NODES.values())
+    made = page.evaluate("(names) => names.map((name) => LiteGraph.createNode(name)?.title)", list(SCHEMAS))
+    assert made == [schema.display_name for schema in SCHEMAS.values()]
 
 
-def test_nodes_speak_comfyuis_language(page: Page, studio: Studio) -> None:
-    """In German: frontend 1.32.9 loses the words of packs in languages that it ships itself."""
-    assert page.context.browser
-    german = read_words("de", "nodeDefs")
-    requests.post(f"{studio.server.url}/settings", json={"Comfy.Locale": "de"}, timeout=30).raise_for_status()
+@pytest.mark.parametrize(("frontend", "language"), [("1.32", "de"), ("1.58", "fr"), ("1.58", "ja")])
+def test_nodes_speak_comfyuis_language(
+    servers: Callable[[str], ComfyUIServer], chromium: Browser, frontend: str, language: str
+) -> None:
+    """In the old frontend in German: 1.32.9 loses the words of packs in languages that it ships itself."""
+    server, words = servers(frontend), read_words(language, "nodeDefs")
+    requests.post(f"{server.url}/settings", json={"Comfy.Locale": language}, timeout=30).raise_for_status()
     try:
-        other = page.context.browser.new_page()
-        other.goto(studio.server.url)
-        other.wait_for_function("() => !!window.LiteGraph?.registered_node_types?.PSAApply", timeout=120_000)
-        shown = other.evaluate(
+        page = chromium.new_page()
+        page.goto(server.url)
+        page.wait_for_function("() => !!window.LiteGraph?.registered_node_types?.PSAApply", timeout=120_000)
+        shown = page.evaluate(
             """() => {
                 const node = LiteGraph.createNode('PSAApply');
                 return {
@@ -53,17 +41,17 @@ def test_nodes_speak_comfyuis_language(page: Page, studio: Studio) -> None:
                 };
             }"""
         )
-        other.close()
+        page.close()
     finally:
-        requests.post(f"{studio.server.url}/settings", json={"Comfy.Locale": "en"}, timeout=30).raise_for_status()
+        requests.post(f"{server.url}/settings", json={"Comfy.Locale": "en"}, timeout=30).raise_for_status()
     for part in ("display_name", "description"):
-        assert shown[part] == german[f"PSAApply.{part}"]
+        assert shown[part] == words[f"PSAApply.{part}"]
     assert {name for name, _ in shown["slots"]} >= {"model", "adapter", "embedding"}
     for name, label in [*shown["slots"], *shown["widgets"]]:
-        assert label == german[f"PSAApply.inputs.{name}.name"]
+        assert label == words[f"PSAApply.inputs.{name}.name"]
 
 
-def test_a_shared_workflow_holds_the_reference_alone(page: Page, studio: Studio) -> None:
+def test_a_shared_workflow_holds_the_reference_alone(page: Page) -> None:
     saved = page.evaluate(
         """() => {
             app.graph.clear();
