@@ -35,7 +35,12 @@ from ..safe_files import replacing
 USER_DIRECTORY = "PSA_USER_DIRECTORY"
 
 profile_app = typer.Typer(help="Your profiles, in the private folder of your ComfyUI.", no_args_is_help=True)
-console = Console(soft_wrap=True, highlight=False)
+
+
+def _console() -> Console:
+    """As wide as the terminal is now."""
+    return Console(soft_wrap=True, highlight=False)
+
 
 UserDirectory = Annotated[
     Path | None,
@@ -88,7 +93,7 @@ def new(
     stored = store.create(parse_profile(fields, "The new profile"))
     if activate:
         store.activate(stored.id)
-    console.print(f"{stored.id}{' (active)' if activate else ''}", markup=False)
+    _console().print(f"{stored.id}{' (active)' if activate else ''}", markup=False)
     # On stderr: stdout is the id alone, for scripts.
     bans = ", ".join(banned_categories(stored.profile)) or "nothing"
     Console(stderr=True, highlight=False).print(f"This profile bans {bans}.")
@@ -101,7 +106,7 @@ def list_profiles(user_directory: UserDirectory = None, account: Account = None)
     for entry in profile_store(user_directory, account).entries():
         name = Text(f"unreadable: {entry.problem}", "red") if entry.problem else Text(entry.name)
         table.add_row(entry.id, name, "active" if entry.active else "")
-    console.print(table)
+    _console().print(table)
 
 
 @profile_app.command()
@@ -115,7 +120,7 @@ def show(profile_id: ProfileId, user_directory: UserDirectory = None, account: A
     bans = Table("category", "decision", "why")
     for category, decision in decide(profile).items():
         bans.add_row(category, "banned" if decision.banned else "allowed", ", ".join(decision.reasons))
-    console.print(attributes, bans)
+    _console().print(attributes, bans)
 
 
 @profile_app.command()
@@ -149,7 +154,7 @@ def activate(profile_id: ProfileId, user_directory: UserDirectory = None, accoun
 @profile_app.command()
 def schema() -> None:
     """Print the JSON schema of a profile."""
-    console.print_json(json.dumps(Profile.model_json_schema()))
+    _console().print_json(json.dumps(Profile.model_json_schema()))
 
 
 def users(
@@ -176,7 +181,7 @@ def _write_csv(file: TextIO, rows: Sequence[dict[str, str]]) -> None:
 
 
 def _ask() -> tuple[dict[str, str | None], list[str], list[str]]:
-    console.print("Every answer may stay empty: then nothing follows from it.")
+    _console().print("Every answer may stay empty: then nothing follows from it.")
     own_words = "or your own words"
     questions = {
         "name": "What do you call this profile",
@@ -187,7 +192,7 @@ def _ask() -> tuple[dict[str, str | None], list[str], list[str]]:
         "mental_condition": f"Mental condition ({', '.join(MENTAL_CONDITIONS)}, {own_words})",
     }
     answers: dict[str, str | None] = {field: _answer(question) for field, question in questions.items()}
-    console.print(f"The categories are {', '.join(CATEGORIES)}.")
+    _console().print(f"The categories are {', '.join(CATEGORIES)}.")
     ban, allow = (_answer(f"{word} in any case (separated by commas)").split(",") for word in ("Ban", "Allow"))
     return answers, [word.strip() for word in ban if word.strip()], [word.strip() for word in allow if word.strip()]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ from diffusers import AutoencoderTiny, EulerDiscreteScheduler
 from effects import site_vectors
 from miniature_testing import Reference, copied, edit, encode, randomised, write_miniature
 from safetensors.torch import load_file
+from schemas import NODES
 from torch import Tensor, nn
 
 import nodes as stock_nodes
 from comfyui_psa.adapter import AdapterConfig, EncoderSpec, PSAAdapter, find_sites, save_adapter
-from comfyui_psa.nodes import PSAExtension, folders, miniature
+from comfyui_psa.nodes import folders, miniature
 from comfyui_psa.nodes.miniature_files import FILES
 from comfyui_psa.nodes.miniature_model import Miniature, load_miniature
 from comfyui_psa.profiles import SafetyEmbedding
@@ -209,8 +209,7 @@ def nodes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
     (tmp_path / "models" / "psa_adapters").mkdir(parents=True)
     (pack / "adapters").mkdir()
     save_adapter(random_adapter(), pack / "adapters" / "shipped.safetensors")
-    listed = asyncio.run(PSAExtension().get_node_list())
-    return {node.GET_SCHEMA().node_id: node for node in listed}
+    return {node.GET_SCHEMA().node_id: node for node in NODES.values()}
 
 
 def random_adapter(seed: int = 0) -> PSAAdapter:

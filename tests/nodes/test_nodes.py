@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,10 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_testing import TINY, conditioning, denoise, noise
+from schemas import NODES
 
 from comfyui_psa.adapter import AdapterConfig, AdapterError, EncoderSpec, PSAAdapter, save_adapter
-from comfyui_psa.nodes import PSAExtension, folders
+from comfyui_psa.nodes import folders
 from comfyui_psa.nodes.folders import profile_store
 from comfyui_psa.profiles import EncoderError, Profile, ProfileError, SafetyEmbedding, levels
 from comfyui_psa.profiles.encoders import AttributesEncoder
@@ -39,8 +39,7 @@ def comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def nodes(comfyui: Path) -> dict[str, Any]:
-    listed = asyncio.run(PSAExtension().get_node_list())
-    return {node.GET_SCHEMA().node_id: node for node in listed}
+    return {node.GET_SCHEMA().node_id: node for node in NODES.values()}
 
 
 def options(node: Any, name: str) -> list[str]:

@@ -99,7 +99,9 @@ def test_only_the_first_signal_waits(number: signal.Signals, acts: type[BaseExce
     def end(*_: object) -> None:
         raise SystemExit
 
-    before = signal.signal(signal.SIGTERM, end)
+    # A shell may have started this in the background, without SIGINT.
+    usual = {signal.SIGTERM: end, signal.SIGINT: signal.default_int_handler}
+    before = {which: signal.signal(which, handler) for which, handler in usual.items()}
     try:
         with StopSignals() as stop:
             assert stop.received is None
@@ -110,7 +112,8 @@ def test_only_the_first_signal_waits(number: signal.Signals, acts: type[BaseExce
         with pytest.raises(acts):
             signal.raise_signal(number)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for which, handler in before.items():
+            signal.signal(which, handler)
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_an_audience_is_spared_what_one_of_them_bans(page: Page, studio: Studio)
     (sheet,) = run(page, studio.server)
     first, second, together, words = rows_of(sheet)
     assert (first["Violence"], together["Violence"], together["Propaganda"]) == (0, 0, 0)
-    assert min(first["Propaganda"], second["Violence"]) >= 3
+    assert min(first["Propaganda"], second["Violence"]) >= 2
     assert second["Propaganda"] == 0
     assert min(words["Violence"], words["Propaganda"]) >= 2  # as the note says
 
