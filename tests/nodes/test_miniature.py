@@ -209,6 +209,7 @@ def nodes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
     (tmp_path / "models" / "psa_adapters").mkdir(parents=True)
     (pack / "adapters").mkdir()
     save_adapter(random_adapter(), pack / "adapters" / "shipped.safetensors")
+    folders.register_folders()
     return {node.GET_SCHEMA().node_id: node for node in NODES.values()}
 
 

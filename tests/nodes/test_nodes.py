@@ -39,6 +39,7 @@ def comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def nodes(comfyui: Path) -> dict[str, Any]:
+    folders.register_folders()
     return {node.GET_SCHEMA().node_id: node for node in NODES.values()}
 
 
