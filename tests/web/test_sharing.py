@@ -100,6 +100,26 @@ def run_command(page: Page, command: str, answer: str | None = None) -> None:
         expect(field).to_have_count(0)
 
 
+def download_picture(page: Page, path: Path) -> bytes:
+    """Save the picture of Save Image as the frontend's menu does; return the file and its texts, uncompressed."""
+    page.wait_for_function("() => Object.values(app.nodeOutputs).some((output) => output.images?.length)")
+    with page.expect_download() as download:
+        page.evaluate(
+            """() => {
+                const outputs = Object.values(app.nodeOutputs).flatMap((output) => output.images ?? []);
+                const image = outputs.find((image) => image.filename.endsWith('.png'));
+                const link = document.createElement('a');
+                link.href = app.api.apiURL(`/view?${new URLSearchParams(image)}`);
+                link.download = image.filename;
+                link.click();
+            }"""
+        )
+    download.value.save_as(path)
+    info = PIL.Image.open(path).info
+    assert "workflow" in info
+    return path.read_bytes() + repr(info).encode()
+
+
 def test_what_people_share_holds_the_reference_alone(
     page: Page, server: ComfyUIServer, store: ProfileStore, tmp_path: Path
 ) -> None:
@@ -122,6 +142,7 @@ def test_what_people_share_holds_the_reference_alone(
                 run_command(page, name, "exported")
             download.value.save_as(tmp_path / name)
             shared[name] = (tmp_path / name).read_bytes()
+        shared["downloaded picture"] = download_picture(page, tmp_path / "picture.png")
         shared["copied, pasted, undone"] = page.evaluate(
             """async () => {
                 const states = [];
