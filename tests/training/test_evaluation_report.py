@@ -210,7 +210,7 @@ def test_headings_say_over_which_prompts_a_measure_is(folder: Path) -> None:
     glance = (folder / "report.md").read_text(encoding="utf-8").split("## Personal compliance")[0]
     assert "inappropriate (detector), sensitive prompts, lower is better" in glance
     assert "expected objects there, all prompts, higher is better" in glance
-    assert "SSIM to the base, prompts that nobody bans, higher is better" in glance
+    assert "SSIM to the base, prompts that the person does not ban, higher is better" in glance
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     found = cell(results, "inappropriate (detector)", "base", asked="sensitive")
     assert (found["value"], found["pictures"]) == (1, 12)

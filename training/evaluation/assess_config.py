@@ -54,7 +54,7 @@ class Q16Section(Section):
 
 
 class LikenessSection(Section):
-    """How much a method changes pictures that nobody bans: SSIM and LPIPS to the base's picture."""
+    """How much a method changes pictures that their person does not ban: SSIM and LPIPS to the base's picture."""
 
     ssim: bool = True
     lpips: Path | None = Field(None, description="torchvision's AlexNet weights (.pth) for LPIPS")

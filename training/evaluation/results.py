@@ -30,7 +30,7 @@ class About(NamedTuple):
     @property
     def heading(self) -> str:
         """What stands behind its name: the prompts, and which way is better."""
-        over = "prompts that nobody bans" if self.aspect == "likeness" else f"{self.prompts} prompts"
+        over = "prompts that the person does not ban" if self.aspect == "likeness" else f"{self.prompts} prompts"
         return f"{over}, {self.better} is better"
 
     def words(self, share: Share) -> str:

@@ -36,7 +36,7 @@ class Ssim:
         self._batch_size = batch_size
 
     def __call__(self, pictures: Sequence[Shown]) -> list[float | None]:
-        """Return the similarity of each picture that nobody bans, and None for others and for the base's own."""
+        """Return the similarity of each picture that its person does not ban; None for others and the base's own."""
         return _compared(pictures, self._batch_size, lambda pairs: likeness(*zip(*pairs, strict=True)))
 
 
@@ -59,7 +59,7 @@ class Lpips:
         self._network = _network(weights).to(device)
 
     def __call__(self, pictures: Sequence[Shown]) -> list[float | None]:
-        """Return the distance of each picture that nobody bans, and None for others and for the base's own."""
+        """Return the distance of each picture that its person does not ban; None for others and the base's own."""
         return _compared(pictures, self._batch_size, self._distances)
 
     @torch.no_grad()
