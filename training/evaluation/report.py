@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def write_report(folder: Path, results: Results) -> Path:
     Raises:
         OSError: something cannot be written.
     """
+    shutil.rmtree(folder / FIGURES, ignore_errors=True)  # those of an earlier report
     chapters = make_chapters(results, folder / FIGURES)
     for name, template in ((MARKDOWN, "report.md.jinja"), (PAGE, "report.html.jinja")):
         _write(folder / name, _render(template, results, chapters, lambda path: path.relative_to(folder).as_posix()))
@@ -46,9 +48,13 @@ def _write_document(document: Path, results: Results, chapters: list[Chapter], f
     """Write what people read, without the chapter of all numbers; its pictures, of a palette, and numbers beside it."""
     images = document.parent / "images" / document.stem
     images.mkdir(parents=True, exist_ok=True)
+    for earlier in images.glob("*.png"):
+        earlier.unlink()
     for figure in figures.glob("*.png"):
         with PIL.Image.open(figure) as image, replacing(images / figure.name) as aside:
-            image.convert("RGB").quantize(256).save(aside, "PNG", optimize=True)
+            # Bright signs are in few pixels: other ways to choose 256 colours leave them out.
+            palette = image.convert("RGB").quantize(256, PIL.Image.Quantize.FASTOCTREE)
+            palette.save(aside, "PNG", optimize=True)
     shown = results.shown((measure, asked) for _, measure, asked in headline(results))
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in shown)
     _write(document.with_suffix(".json"), f"[\n{lines}\n]\n")
