@@ -165,9 +165,9 @@ def _build(config: AdapterConfig, tensors: Mapping[str, Tensor], path: Path) -> 
 
 def is_there(path: Path) -> bool:
     """Return whether there is such a file; raise AdapterError if it is known, or hidden, and may not be read."""
-    if path.is_dir():  # to open one is another error on Windows
-        return False
     try:
+        if path.is_dir():  # to open one is another error on Windows
+            return False
         with path.open("rb"):
             return True
     except (FileNotFoundError, NotADirectoryError):
