@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import wandb
 from observed_runs import MARKERS, ROWS, STEPS, USERS, Base, Run, embedding, marked_split, train_tiny
 from pairs import read_metadata
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -55,6 +56,7 @@ def test_weights_and_biases_is_given_curves_and_pictures(
     monkeypatch.setenv("WANDB_MODE", "offline")
     settings = {"tracking.trackers": ("wandb",), "validation.grid_every": 3, "validation.grid_steps": 1}
     config = train_tiny(bases["sd"], split, tmp_path / "run", settings).config
+    wandb.teardown()  # its own process writes the log: when that has ended, all of it is there
     (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert len(list(kept.glob("files/media/images/grid_*.png"))) == 1
 
