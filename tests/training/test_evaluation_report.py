@@ -17,7 +17,6 @@ from comfyui_psa.training.errors import DataError, TrainingError
 from comfyui_psa.training.evaluation.assess import assess
 from comfyui_psa.training.evaluation.assess_config import AssessSettings
 from comfyui_psa.training.evaluation.manifest import write_manifest
-from comfyui_psa.training.plot_styles import style
 
 
 class Page(HTMLParser):
@@ -215,10 +214,6 @@ def test_headings_say_over_which_prompts_a_measure_is(folder: Path) -> None:
     found = cell(results, "inappropriate (detector)", "base", asked="sensitive")
     assert (found["value"], found["pictures"]) == (1, 12)
     assert re.search(rf"\| base \|.*\| 100\.0 \({100 * found['low']:.1f} to 100\.0\) \|", glance)
-
-
-def test_many_methods_are_drawn_in_different_ways() -> None:
-    assert len({(colour, line) for colour, _, line in map(style, range(28))}) == 28
 
 
 def test_levels_are_shown_of_methods_that_know_them(tmp_path: Path) -> None:

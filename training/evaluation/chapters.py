@@ -187,8 +187,8 @@ def _calibration(results: Results, figures: Path) -> Iterator[Part]:
     for number, (over, quality, prompts) in enumerate(groups, start=1):
         found = [curve for curve in results.curves if (curve.over, curve.quality) == (over, quality)]
         path = figures / f"curve-{number}.png"
-        plot_curves(found, results.gallery.labels, path, results.about[quality].proportions)
-        yield Figure(path, f"{quality} ({prompts} prompts) against safety over {over}, one line for each method")
+        plot_curves(found, path, results.about[quality].proportions)
+        yield Figure(path, f"{quality} ({prompts} prompts) against safety over {over}, a panel for each method")
         rows = [
             [
                 curve.method,

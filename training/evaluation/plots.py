@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from ...safe_files import replacing
-from ..plot_styles import style
 from .calibration import Curve
 from .compliance import Judged
 from .gallery import others
@@ -17,6 +18,8 @@ from .results import Results
 from .tables import EVERYONE, Cell
 
 _SEEN = {"seen": ("#4477aa", "o"), "unseen": ("#ee6677", "D"), "": ("#228833", "s")}
+_CURVE = "#4477aa"
+_COLUMNS = 4
 _WIN, _TIE, _LOSS = "#4477aa", "#dddddd", "#ee6677"
 
 
@@ -69,31 +72,26 @@ def plot_shares(
     return True
 
 
-def plot_curves(curves: Sequence[Curve], labels: Sequence[str], path: Path, percent: bool) -> None:
-    """Draw curves of the same two measures into one pair of axes, their points named."""
-    figure = Figure(figsize=(7.2, 4.6), dpi=130, layout="constrained")
-    axes = figure.add_subplot()
-    scale = 100 if percent else 1
-    for number, curve in enumerate(curves):
-        colour, mark, line = style(labels.index(curve.method) if curve.method in labels else number)
-        safe, good = [100 * point.safety for point in curve.points], [scale * point.quality for point in curve.points]
-        axes.plot(
-            safe,
-            good,
-            label=curve.method,
-            color=colour,
-            marker=mark,
-            linestyle=line,
-            markersize=6,
-            linewidth=1.4,
-            alpha=0.85,
-        )
-        _name_points(axes, curve, safe, good, colour, number)
-    axes.set_xlabel("safety: % of pictures without anything inappropriate", fontsize=9)
-    axes.set_ylabel(f"{curves[0].quality}, {curves[0].prompts} prompts{', %' if percent else ''}", fontsize=9)
-    axes.margins(0.08, 0.12)
-    _plain(axes)
-    figure.legend(fontsize=9, frameon=False, loc="outside right upper")
+def plot_curves(curves: Sequence[Curve], path: Path, percent: bool) -> None:
+    """Draw a panel for each curve, its points named; the others, of the same two measures, are grey behind it."""
+    columns = min(len(curves), _COLUMNS)
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(0.6 + 2.7 * columns, 0.6 + 2.4 * rows), dpi=130, layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    places = [_places(curve, percent) for curve in curves]
+    for panel, curve, own in zip(panels, curves, places, strict=False):
+        for other in places:
+            panel.plot(*zip(*other, strict=True), color="#d0d0d0", marker="o", markersize=3, linewidth=1)
+        panel.plot(*zip(*own, strict=True), color=_CURVE, marker="o", markersize=5, linewidth=1.6)
+        _name_points(panel, curve, own)
+        panel.set_title(curve.method, fontsize=9.5)
+        panel.margins(0.16, 0.2)
+        panel.tick_params(labelbottom=True)
+        _plain(panel)
+    for panel in panels[len(curves) :]:
+        panel.set_axis_off()
+    figure.supxlabel("safety: % of pictures without anything inappropriate", fontsize=9)
+    figure.supylabel(f"{curves[0].quality}, {curves[0].prompts} prompts{', %' if percent else ''}", fontsize=9)
     _save(figure, path)
 
 
@@ -143,19 +141,20 @@ def _shares(
     return found
 
 
-def _name_points(
-    axes: Axes, curve: Curve, safe: Sequence[float], good: Sequence[float], colour: str, number: int
-) -> None:
-    """Write each point's name beside it, and one name for points at the same place."""
-    places: dict[tuple[float, float], list[str]] = {}
-    for point, x, y in zip(curve.points, safe, good, strict=True):
-        places.setdefault((round(x, 1), round(y, 1)), []).append(point.name)
-    for (x, y), names in places.items():
+def _places(curve: Curve, percent: bool) -> list[tuple[float, float]]:
+    return [(100 * point.safety, (100 if percent else 1) * point.quality) for point in curve.points]
+
+
+def _name_points(axes: Axes, curve: Curve, places: Sequence[tuple[float, float]]) -> None:
+    """Write each point's name beside it, and one name for points at the same place; in turns above and below."""
+    named: dict[tuple[float, float], list[str]] = {}
+    for point, place in zip(curve.points, places, strict=True):
+        named.setdefault(place, []).append(point.name)
+    for number, (place, names) in enumerate(named.items()):
         text = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}" if len(names) > 2 else ", ".join(names)
-        # Curves that meet have their names on different sides.
-        right, above = ((5, 5), (5, -12), (-5, 5), (-5, -12))[number % 4]
-        side = "left" if right > 0 else "right"
-        axes.annotate(text, (x, y), (right, above), textcoords="offset points", fontsize=8, color=colour, ha=side)
+        above = 6 if number % 2 == 0 else -13
+        name = axes.annotate(text, place, (0, above), textcoords="offset points", fontsize=8, color=_CURVE, ha="center")
+        name.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
 
 def _plain(axes: Axes) -> None:

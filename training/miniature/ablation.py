@@ -21,7 +21,6 @@ from ...safe_files import replacing
 from ..base import open_base
 from ..config import Section, load_config, read_toml
 from ..errors import TrainingError
-from ..plot_styles import style
 from . import PEOPLE, SEED
 from .adapters import Asked, evaluate, train_adapter, write_results
 from .cases import draw_cases
@@ -29,6 +28,11 @@ from .evaluation import Outcome, draw_all, studios
 from .kept import Kept
 from .methods import Method
 from .recipe import DETECTOR
+
+# Paul Tol's bright scheme, told apart by people who see colours differently; then other marks and lines as well.
+_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")
+_MARKS = "osD^vPX*"
+_LINES = ("-", "--", ":", "-.")  # one round of colours each
 
 PLAN = Path(__file__).with_suffix(".toml")
 
@@ -178,7 +182,8 @@ def _plot(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> matplotlib.fig
     figure = matplotlib.figure.Figure(figsize=(12, 4.5), layout="constrained")
     for axes, (title, *_) in zip(figure.subplots(1, len(_CURVES), sharey=True), _CURVES, strict=True):
         for number, (name, rows) in enumerate(curves.items()):
-            colour, mark, line = style(number)
+            rounds, place = divmod(number, len(_COLOURS))
+            colour, mark, line = _COLOURS[place], _MARKS[number % len(_MARKS)], _LINES[rounds % len(_LINES)]
             steps, values = [row["step"] for row in rows], [row[title] for row in rows]
             axes.plot(steps, values, color=colour, marker=mark, markersize=4, linestyle=line, linewidth=1.3, label=name)
         axes.set(title=title, xlabel="step", ylim=(-0.02, 1.02))
