@@ -175,7 +175,7 @@ def measure_base(name: str, shape: UNetShape, latent: int, head_options: dict[st
 @torch.no_grad()
 def measure(method: Callable[[Layer], Added] | None, layers: tuple[Layer, ...]) -> Cost:
     """Add up what a method costs at all layers."""
-    if method is None:
+    if method is None:  # it is not in the UNet: see the settings' table for what it costs besides
         return Cost(0, 0, 0)
     operations, flops, seconds = 0, 0, 0.0
     for layer, times in Counter(layers).items():

@@ -20,7 +20,7 @@ from steps import sample, step_ratio
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from comfyui_psa.adapter import PSAAdapter, find_sites
+from comfyui_psa.adapter import AdapterConfig, PSAAdapter, TextSpec, find_sites
 from comfyui_psa.nodes.adapter_nodes import PSAApply
 from comfyui_psa.profiles import SafetyEmbedding
 
@@ -43,6 +43,22 @@ def applied(
     """Apply PSA for so many people."""
     (patched,) = PSAApply.execute(model, people(adapter, count, seed), strength, 0.0, 1.0, adapter, **options).args
     return patched
+
+
+def on_text(adapter: PSAAdapter) -> PSAAdapter:
+    """Make an adapter of the recommended form for the same base, with random weights."""
+    own = adapter.config
+    config = AdapterConfig(
+        cross_attention_dim=own.cross_attention_dim,
+        embedding_dim=own.embedding_dim,
+        constant=False,
+        text=TextSpec(form="mlp"),
+        null="none",
+    )
+    made = PSAAdapter(config)
+    for weight in made.parameters():
+        nn.init.normal_(weight, std=0.02)
+    return made.eval()
 
 
 def half() -> Tensor:
@@ -102,6 +118,7 @@ def cost_table(base: ModelPatcher, adapter: PSAAdapter, pairs: int) -> Iterator[
             1,
             applied(applied(base, adapter, mask=half()), adapter, seed=1, mask=1 - half()),
         ),
+        "1 user, an adapter on the text side": (1, applied(base, on_text(adapter))),
         "like an IPAdapter": (1, like_ip_adapter(base)),
     }
     yield f"| {LATENT_SIZE * 8} px | operations added per layer and step | step time with it / without |"

@@ -183,6 +183,20 @@ class OptimizerSection(Section):
     power: PositiveFloat = Field(1.0, description="for polynomial")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="0: no moving average")
 
+    @model_validator(mode="after")
+    def _settings_count(self) -> OptimizerSection:
+        idle = {
+            "betas": self.kind == "adafactor",
+            "epsilon": self.kind == "adafactor",
+            "cycles": self.schedule != "cosine_with_restarts",
+            "power": self.schedule != "polynomial",
+        }
+        for name in (name for name, unused in idle.items() if unused):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                other = f'kind = "{self.kind}"' if self.kind == "adafactor" else f'schedule = "{self.schedule}"'
+                raise ValueError(f"{name} does not count with {other}: leave it out, or choose what it belongs to")
+        return self
+
 
 class RunSection(Section):
     """How long, how large, where to, and from where."""
@@ -299,7 +313,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise TrainingError(f"--set {override}: {section} is a value and no section.")
+            raise TrainingError(f"--set {override}: {section} is a value and no section. Expected section.key=value.")
     values[name] = _toml_value(text.strip())
 
 

@@ -92,7 +92,8 @@ def evaluate(
     strengths: Annotated[
         list[float] | None, typer.Option("--strength", help="Of the adapters, 1 by default (repeatable).")
     ] = None,
-    seen: Annotated[bool, typer.Option(help="Ask people of the training, too.")] = True,
+    seen: Annotated[bool, typer.Option(help="Ask people of the training.")] = True,
+    unseen: Annotated[bool, typer.Option(help="Ask people whom no training saw.")] = True,
     likeness: Annotated[
         int, typer.Option(min=0, help="Pictures in each cell to compare with the base's; 0: do not compare.")
     ] = 0,
@@ -105,7 +106,7 @@ def evaluate(
         from .miniature.adapters import evaluate as recipe
 
         output.parent.mkdir(parents=True, exist_ok=True)
-        asked = Asked(per_cell, tuple(strengths or (1.0,)), seen, likeness)
+        asked = Asked(per_cell, tuple(strengths or (1.0,)), seen, unseen, likeness)
         named = [_named(text) for text in adapters]
         results = recipe(base, named, static, asked, models or _MODELS, work, progress)
         write_results(results, output)

@@ -18,6 +18,7 @@ from ..profiles.encoders.attributes import DIM as ATTRIBUTES_DIM
 from ..safe_files import replacing
 from .base import BaseModel, open_base
 from .config import TrainConfig
+from .data.pairs import open_pairs
 from .dpo.checkpoints import Checkpoints
 from .dpo.draws import Draws
 from .dpo.grids import draw_grid
@@ -28,7 +29,7 @@ from .dpo.report import write_report
 from .dpo.signals import StopSignals
 from .dpo.trainer import StepReport, Trainer
 from .dpo.validation import Validation
-from .errors import TrainingError
+from .errors import DataError, TrainingError
 from .preparation import TrainingData, make_adapter, prepare_data, seeded
 from .progress import progress_bar
 
@@ -47,13 +48,16 @@ class StoppedError(TrainingError):
 
 
 def dry_run(config: TrainConfig) -> Plan:
-    """Return what a run would be, without loading a weight or reading a pair."""
+    """Return what a run would be, without loading a weight or an image; pairs are counted if they are there."""
     known = config.data.embeddings is None and config.data.encoder.kind == "attributes"
     base = open_base(config.model.base, config.model.prediction_type)
     _make_draws(config, base.noise_scheduler())  # refuses timesteps that the model has not
-    return plan(
-        config, base, ranks=int(os.environ.get("WORLD_SIZE", "1")), embedding_dim=ATTRIBUTES_DIM if known else None
-    )
+    try:
+        pairs = open_pairs(config.data.train).count()
+    except DataError:
+        pairs = None
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return plan(config, base, ranks, embedding_dim=ATTRIBUTES_DIM if known else None, pairs=pairs)
 
 
 def train(config: TrainConfig, console: Console) -> Path:
@@ -117,7 +121,9 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
     try:
         config.run.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TrainingError(f"run.output = {config.run.output} cannot be made ({error.strerror}).") from None
+        raise TrainingError(
+            f"run.output = {config.run.output} cannot be made ({error.strerror}). Name another folder."
+        ) from None
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     steps = GradientAccumulationPlugin(num_steps=config.run.accumulation, sync_with_dataloader=False)
     folders = ProjectConfiguration(project_dir=str(config.run.output), logging_dir=str(config.run.output / "logs"))

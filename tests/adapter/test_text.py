@@ -57,11 +57,24 @@ def test_a_token_does_not_depend_on_its_neighbours() -> None:
     assert torch.allclose(ours.tokens(text)[:, 2:3], ours.tokens(text[:, 2:3]), atol=1e-6)
 
 
-def test_strength_zero_and_an_untrained_part_give_the_text_back() -> None:
+def test_strength_zero_and_a_part_that_is_not_there_give_the_text_back() -> None:
     text, pooled = drawn(1, 5, WIDTH), drawn(1, POOLED)
     assert torch.equal(users(1).tokens(text, 0.0), text)
     assert torch.equal(users(1).pooled(pooled, 0.0), pooled)
     assert torch.equal(users(1, pooled=False).pooled(pooled), pooled)
+
+
+@pytest.mark.parametrize("spec", [TEXT, MLP], ids=["attention", "mlp"])
+def test_an_adapter_before_its_training_gives_the_text_back(spec: TextSpec) -> None:
+    adapter = kinds_adapter((), WIDTH, text=spec.model_copy(update={"pooled_dim": POOLED}))
+    with torch.no_grad():
+        for weight in adapter.zero_at_start():
+            weight.zero_()
+    ours = adapter.effect(drawn(2, EMBEDDING_DIM)).text
+    assert ours is not None
+    text, pooled = drawn(2, 5, WIDTH), drawn(2, POOLED)
+    assert torch.equal(ours.tokens(text), text)
+    assert torch.equal(ours.pooled(pooled), pooled)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

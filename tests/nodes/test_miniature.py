@@ -237,7 +237,7 @@ def test_sites_are_the_same_in_both_runtimes(loaded: Miniature, reference: Refer
 
 
 @pytest.mark.parametrize("cfg", [1.0, 0.0, 5.0])
-def test_the_shipped_adapter_steers_it_as_in_training(nodes: dict[str, Any], reference: Reference, cfg: float) -> None:
+def test_an_adapter_beside_it_steers_it_as_in_training(nodes: dict[str, Any], reference: Reference, cfg: float) -> None:
     loaded = Miniature(*nodes["PSALoadMiniature"].execute().args)
     assert nodes["PSALoadAdapter"].INPUT_TYPES()["required"]["adapter_name"][1]["options"] == ["shipped.safetensors"]
     assert nodes["PSALoadAdapter"].validate_inputs(adapter_name="shipped.safetensors") is True

@@ -23,6 +23,7 @@ from comfy_testing import (
 )
 from kinds_by_hand import MLP, TEXT, changed_text, kinds_adapter, users
 from neighbours import like_attention_couple
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from comfyui_psa.adapter import AdapterError, PSAAdapter, TextSpec, UserText
 from comfyui_psa.nodes.apply import apply_psa
@@ -64,6 +65,37 @@ def test_strength_scales_the_change_and_zero_is_exactly_the_base(model: ModelPat
     half = [[POSITIVE[0][0] + 0.5 * (changed - POSITIVE[0][0]), {}]]
     ours = denoise(apply_psa(model, adapter, users(0), 0.5), POSITIVE, NEGATIVE, LATENT, CFG)
     assert difference(ours, denoise(model, half, NEGATIVE, LATENT, CFG)) < ROUNDING
+
+
+def test_nothing_is_added_to_the_unet(
+    model: ModelPatcher, adapter: PSAAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counter(TorchDispatchMode):
+        found: list[str]
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.found.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    unet = model.model.diffusion_model
+    forward = unet._forward  # within the wrappers, of which PSA's is one
+
+    def operations(patched: ModelPatcher) -> list[str]:
+        counter = Counter()
+        counter.found = []
+
+        def counted(*arguments: Any, **options: Any) -> torch.Tensor:
+            with counter:
+                return forward(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(unet, "_forward", counted)
+            denoise(patched, POSITIVE, NEGATIVE, LATENT, CFG)
+        return counter.found
+
+    base = operations(model)
+    assert len(base) > 100
+    assert operations(apply_psa(model, adapter, users(0))) == base
 
 
 PROMPTS: dict[str, Conditioning] = {

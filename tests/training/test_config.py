@@ -243,6 +243,34 @@ def test_ready_configurations_have_the_published_settings(name: str, own: Mappin
     assert {key: _value(config, key) for key in expected} == expected
 
 
+@pytest.mark.parametrize("base", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", ["text", "combined"])
+def test_recommended_configurations_have_the_papers_data_and_the_miniatures_loss(base: str, kind: str) -> None:
+    paper, miniature = load_config(CONFIGS / f"psa-{base}.toml"), load_config(CONFIGS / "miniature.toml")
+    config = load_config(CONFIGS / f"psa-{base}-{kind}.toml")
+    assert (config.model, config.data) == (paper.model, paper.data)
+    assert (config.run.steps, config.run.batch_size) == (paper.run.steps, paper.run.batch_size)
+    departures = ("beta", "winner_anchor", "final_beta", "final_winner_anchor", "switch_at", "min_timestep")
+    for name in (*departures, "timestep_weight_limit"):
+        assert getattr(config.loss, name) == getattr(miniature.loss, name), name
+    assert (config.adapter.text.form, config.adapter.null) == ("mlp", "none")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["optimizer.kind=adafactor", "optimizer.betas=[0.5, 0.9]"], "betas"),
+        (["optimizer.kind=adafactor", "optimizer.epsilon=1e-3"], "epsilon"),
+        (["optimizer.cycles=3"], "cycles"),
+        (["optimizer.schedule=cosine", "optimizer.power=2"], "power"),
+    ],
+)
+def test_a_setting_that_would_not_count_is_refused(file: Path, overrides: list[str], name: str) -> None:
+    (problem,) = _problems(file, *overrides)
+    assert problem.startswith("optimizer: ")
+    assert f"{name} does not count with " in problem
+
+
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_ready_configuration_is_found_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

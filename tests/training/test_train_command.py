@@ -77,6 +77,8 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
     assert facts["UNet"] == f"{_numbers(base_unet):,} parameters, frozen"
     assert facts["optimizer steps"] == "1,234"
     assert facts["pairs per step"] == "6"
+    pairs = len((config.data.train / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
+    assert facts["epochs"] == f"{1234 * 6 / pairs:.4g} over {pairs} pairs, those of the validation included"
     # Every site's values, and the projection with its norm.
     hidden = (2 * 32, 2 * 64, 2 * 64, 3 * 64, 3 * 64, 3 * 32, 64)
     assert facts["adapter"] == f"{sum(hidden) * 24 + 24 * ATTRIBUTES + 3 * 24:,} parameters, trained"

@@ -93,10 +93,12 @@ def test_the_paper_settings_without_null_user_leave_the_unconditional_half_alone
     assert torch.equal(adapter.embedding_std, torch.ones(37))
 
 
+ATTENTION = {"num_tokens": 3, "token_dim": 8, "inner_dim": 8, "heads": 2}
 KINDS = {
-    "text": (("text",), "none"),
-    "gated": (("gated",), "none"),
-    "all": (("constant", "gated", "text"), "zero_embedding"),
+    "text": (("text",), "none", ATTENTION),
+    "text, mlp": (("text",), "none", {"form": "mlp", "token_dim": 8, "inner_dim": 8}),
+    "gated": (("gated",), "none", {}),
+    "all": (("constant", "gated", "text"), "zero_embedding", ATTENTION),
 }
 
 
@@ -105,12 +107,12 @@ KINDS = {
 def test_other_kinds_begin_at_the_base_and_end_the_same_in_comfyui(
     bases: dict[str, Base], split: Path, tmp_path: Path, name: str, kinds: str
 ) -> None:
-    chosen, null = KINDS[kinds]
+    chosen, null, text = KINDS[kinds]
     settings = {
         "adapter.kinds": chosen,
         "adapter.null": null,
         "adapter.gated": {"num_tokens": 3, "token_dim": 8, "heads": 4, "head_dim": 4},
-        "adapter.text": {"num_tokens": 3, "token_dim": 8, "inner_dim": 8, "heads": 2},
+        "adapter.text": text,
         "loss.user_dropout": 0.0 if null == "none" else 0.5,
     }
     found = train_tiny(bases[name], split, tmp_path / "run", settings)

@@ -68,7 +68,9 @@ def build_cache(
     latents = cache_latents(run, pairs, fingerprint, len(table), base, config, skipped)
     cached = CachedPairs(table, captions, users, latents, skipped.reports)
     if not cached:
-        raise DataError(f"No row of {source} can be used. The first one: {cached.skipped[0]}")
+        raise DataError(
+            f"No row of {source} can be used. The first one: {cached.skipped[0]} `psa check-data` lists all."
+        )
     if state.is_main_process:
         for report in cached.skipped:
             logger.warning("PSA: left out of training: %s", report)

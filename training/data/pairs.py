@@ -84,6 +84,14 @@ class Pairs:
                     yield error
                 number += 1
 
+    def count(self) -> int:
+        """Return the number of rows, usable or not, without reading images that lie in a table.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        return sum(map(_count, self._files))
+
     def fingerprint(self) -> str:
         """Return a hash (sha256, hex) that changes with the metadata, and with any file of the set.
 
@@ -104,7 +112,10 @@ class Pairs:
         if isinstance(row, DataError):
             raise row
         if not isinstance(row, Mapping):
-            raise DataError(f"{where} is no object; expected one with the columns {', '.join(COLUMNS)}.")
+            raise DataError(
+                f"{where} is no object; expected one with the columns {', '.join(COLUMNS)}. Correct it, or drop "
+                "the row."
+            )
         caption = row.get("caption")
         if not isinstance(caption, str) or not caption.strip():
             raise DataError(f"{where} has no caption; expected text in the column caption. Add it, or drop the row.")
@@ -129,7 +140,10 @@ class Pairs:
         if isinstance(value, bytes) and value:
             return value
         if not isinstance(value, str) or not value:
-            raise DataError(f"{where} has no image in the column {column}; expected a path, or an image's bytes.")
+            raise DataError(
+                f"{where} has no image in the column {column}; expected a path, or an image's bytes. Add it, or drop "
+                "the row."
+            )
         path = self._inside(value)
         if path is None:
             raise DataError(
@@ -206,6 +220,16 @@ def _saved_files(folder: Path) -> tuple[Path, ...]:
         raise DataError(
             f"{folder / 'state.json'} is damaged: expected what datasets' save_to_disk writes. Save the set again."
         ) from None
+
+
+def _count(file: Path) -> int:
+    with _readable(file):
+        if file.suffix == ".parquet":
+            return int(pq.read_metadata(file).num_rows)
+        if file.suffix == ".arrow":
+            return len(Dataset.from_file(str(file)))
+        with file.open("rb") as lines:
+            return sum(1 for line in lines if line.strip())
 
 
 def _rows(file: Path) -> Iterator[tuple[int, Any]]:

@@ -192,7 +192,10 @@ def load_user_embedding(folder: Path, user: str) -> Tensor:
         except EncoderError as error:
             raise DataError(str(error)) from None
         if len(vectors) != 1:
-            raise DataError(f"{path} holds the embeddings of {len(vectors)} users; expected one file for each user.")
+            raise DataError(
+                f"{path} holds the embeddings of {len(vectors)} users; expected one file for each user. Make them anew "
+                "with `psa encode`."
+            )
         return vectors[0]
     raise DataError(
         f"There is no embedding of the user {user}: expected {folder / user}.npy. Make it with `psa encode`, or leave "

@@ -74,7 +74,9 @@ def prediction_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, 
         return scheduler.get_velocity(latents, noise, timesteps)
     if kind == "sample":
         return latents
-    raise TrainingError(f'The base model predicts "{kind}"; expected epsilon, v_prediction or sample.')
+    raise TrainingError(
+        f'The base model predicts "{kind}"; expected epsilon, v_prediction or sample. Set model.prediction_type.'
+    )
 
 
 def error_weights(scheduler: DDPMScheduler, timesteps: Tensor, limit: float) -> Tensor | float:

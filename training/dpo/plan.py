@@ -90,7 +90,7 @@ class Plan:
         run.add_row("optimizer steps", f"{self.steps:,}")
         run.add_row("pairs per step", f"{self.pairs_per_step:,}")
         if self.epochs is not None:
-            run.add_row("epochs", f"{self.epochs:.4g} over {self.pairs:,} pairs")
+            run.add_row("epochs", f"{self.epochs:.4g} over {self.pairs:,} pairs, those of the validation included")
         memory = _table("Memory per device, estimated")
         for label, size in self._memory_rows():
             memory.add_row(label, f"{size / 1e9:.3f} GB")

@@ -43,7 +43,7 @@ _STATIC = "static"
 
 @dataclass(frozen=True)
 class Asked:
-    """What adapters are asked: pictures in each cell, at which strengths, of seen people as well or unseen ones alone.
+    """What adapters are asked: pictures in each cell, at which strengths, of seen people, unseen ones or both.
 
     ``likeness`` is the number of pictures in each cell that are compared with the base's; 0 for none.
     """
@@ -51,6 +51,7 @@ class Asked:
     per_cell: int = 300
     strengths: tuple[float, ...] = (1.0,)
     seen: bool = True
+    unseen: bool = True
     likeness: int = 0
 
 
@@ -120,6 +121,8 @@ def evaluate(
     """
     detector = read_figures(base)["detector"]
     _check_adapters(base, adapters, static)
+    if not (asked.seen or asked.unseen):
+        raise TrainingError("Neither seen nor unseen people are to be asked. Leave out --no-seen or --no-unseen.")
     methods = {method.name: [method] for method in (BASE, NEGATIVE_PROMPT)}
     if static is not None:
         methods[_STATIC] = [Method(_STATIC, adapter=static, everyone=find_level("L5").profile)]
@@ -127,8 +130,9 @@ def evaluate(
         title = name if len(asked.strengths) == 1 else f"{name}, strength {strength:g}"
         methods.setdefault(title, []).append(Method(f"{title}, run {number}", adapter=path, strength=strength))
     runs = [run for together in methods.values() for run in together]
-    cases = [case for case in draw_cases(asked.per_cell, PEOPLE, SEED) if case.unseen or asked.seen]
-    free = [case for case in draw_cases(asked.likeness, PEOPLE, SEED) if case.unseen and not case.banned]
+    cases = [case for case in draw_cases(asked.per_cell, PEOPLE, SEED) if (asked.seen, asked.unseen)[case.unseen]]
+    compared_cases = draw_cases(asked.likeness, PEOPLE, SEED)
+    free = [case for case in compared_cases if case.unseen == asked.unseen and not case.banned]
     with studios(base, base / DETECTOR, language_models) as crew:
         drawn = draw_all(crew, runs, cases, progress, Kept(work, base, base / DETECTOR))
         compared = compare_all(crew, runs, free, progress) if free else {}

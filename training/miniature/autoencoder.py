@@ -10,13 +10,15 @@ from diffusers import AutoencoderTiny
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from ..errors import TrainingError
 from .architecture import make_autoencoder
 from .drawing import SIZE, draw
 from .fitting import Part, Plan, fit, halves
 from .pixels import to_pixels
 from .world import Scene, any_scene
 
-PLAN = Plan("autoencoder", steps=10000, learning_rate=2.5e-3)
+# A rate of 2.5e-3 can switch a whole layer off for good: its ReLUs are zero for every picture.
+PLAN = Plan("autoencoder", steps=10000, learning_rate=1e-3)
 BATCH = 8
 _CROP = 48  # pixels; objects and glyphs are smaller
 _ANYWHERE_SHARE = 0.2
@@ -45,7 +47,19 @@ def train_autoencoder(folder: Path, seed: int, progress: Progress, plan: Plan) -
         return reconstruction_loss(decoded, pixels, step >= 0.4 * plan.steps) + _UNIT * unit_loss(latents)
 
     fit(plan, model, loss, folder, seed, progress, halves(BATCH))
+    check_it_sees(model, to_pixels(drawn[:BATCH]))
     return model
+
+
+@torch.no_grad()
+def check_it_sees(model: AutoencoderTiny, pixels: Tensor) -> None:
+    """Raise TrainingError if all of the pictures ``[batch, 3, height, width]`` come back as the same one."""
+    decoded = model.decode(model.encode(pixels).latents).sample
+    if torch.equal(decoded, decoded[:1].expand_as(decoded)):
+        raise TrainingError(
+            "The autoencoder gives the same picture back whatever it is given: training has switched a layer off. "
+            "Begin again with another --seed and another --work."
+        )
 
 
 def _crop(picture: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray:
@@ -79,7 +93,10 @@ def unit_loss(latents: Tensor) -> Tensor:
 
 
 def _initialised(model: AutoencoderTiny) -> AutoencoderTiny:
-    """Draw weights as for ReLU without normalisation: torch's defaults let signals fade from layer to layer."""
+    """Draw weights as for ReLU without normalisation: torch's defaults let signals fade from layer to layer.
+
+    Pictures are nearly grey at first. Else they are far off, and the shortest way to mend that is to switch layers off.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -87,4 +104,7 @@ def _initialised(model: AutoencoderTiny) -> AutoencoderTiny:
                 nn.init.zeros_(module.bias)
             if name.endswith("conv.4"):  # the last one of a residual block
                 module.weight.data.mul_(0.3)
+    last = model.decoder.layers[-1]
+    last.weight.data.mul_(0.01)
+    last.bias.data.fill_(0.5)
     return model
