@@ -118,7 +118,8 @@ def _gradients(model: nn.Module, loss: Loss, parts: Sequence[Part]) -> Iterator[
         def gradients(step: int) -> Tensor:
             values, shares = zip(*threads.map(partial(share, step), parts), strict=True)
             for weight, *found in zip(weights, *shares, strict=True):
-                weight.grad = torch.stack(found).mean(dim=0)
+                # Laid out as the weight is (channels last): the fused optimizer takes both as rows of numbers.
+                weight.grad = torch.empty_like(weight).copy_(torch.stack(found).mean(dim=0))
             return torch.stack(values).mean()
 
         yield gradients

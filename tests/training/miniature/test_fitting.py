@@ -13,6 +13,7 @@ from comfyui_psa.training.errors import TrainingError
 from comfyui_psa.training.miniature.fitting import WHOLE, Part, Plan, fit, halves
 
 PLAN = Plan("line", steps=401, learning_rate=0.1)
+FILTER = Plan("filter", steps=30, learning_rate=0.02)
 
 
 class StopError(Exception):
@@ -44,6 +45,26 @@ def test_it_learns(tmp_path: Path) -> None:
 def test_halves_of_a_batch_have_its_gradient(tmp_path: Path) -> None:
     whole, halved = train(tmp_path / "whole"), train(tmp_path / "halved", parts=halves(8))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole.parameters(), halved.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("parts", [(WHOLE,), halves(4)], ids=["whole", "halves"])
+def test_how_weights_lie_in_memory_changes_nothing(tmp_path: Path, parts: tuple[Part, ...]) -> None:
+    """The fused optimizer takes weight and gradient as two rows of numbers, whatever they mean."""
+
+    def trained(memory_format: torch.memory_format) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 2, 3).to(memory_format=memory_format)
+
+        def loss(step: int, part: Part) -> Tensor:
+            x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))[part]
+            return (model(x) - x[:, :2, 1:-1, 1:-1]).square().mean()
+
+        with Progress(disable=True) as progress:
+            fit(FILTER, model, loss, tmp_path / str(memory_format), 0, progress, parts)
+        return model.weight
+
+    expected = trained(torch.contiguous_format)
+    assert torch.allclose(trained(torch.channels_last), expected, atol=1e-5)
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path) -> None:
