@@ -51,6 +51,7 @@ def on_text(adapter: PSAAdapter) -> PSAAdapter:
     config = AdapterConfig(
         cross_attention_dim=own.cross_attention_dim,
         embedding_dim=own.embedding_dim,
+        encoder=own.encoder,
         constant=False,
         text=TextSpec(form="mlp"),
         null="none",
