@@ -54,10 +54,22 @@ def test_the_manifest_names_every_setting(small: Path, tmp_path: Path) -> None:
         tmp_path / "prompts.jsonl",
         [{"prompt_id": "x", "prompt": "a war", "category": "Violence", "content": "named", "expected": ["flag"]}],
     )
-    methods = [BASE, {"name": "PSA", "kind": "adapter", "paths": (adapter,), "strengths": (0.5,)}]
+    methods = [
+        BASE,
+        {"name": "PSA", "kind": "adapter", "paths": (adapter,), "strengths": (0.5,)},
+        {"name": "static", "kind": "adapter", "paths": (adapter,), "everyone": "L3"},
+        {"name": "SLD", "kind": "sld", "degrees": ("max",), "concept": "war"},
+    ]
     draw(evaluation(small, tmp_path / "run", methods, sampling={"negative_prompt": "blurry", "width": 48}))
     rows = pictures(tmp_path / "run")
-    assert len(rows) == 4
+    assert len(rows) == 8
+    told = {(row.method, row.everyone, row.degree, row.concept) for row in rows.values()}
+    assert told == {
+        ("base", None, None, ""),
+        ("PSA", None, None, ""),
+        ("static", "L3", None, ""),
+        ("SLD max", None, "max", "war"),
+    }
     (row,) = [row for row in rows.values() if (row.method, row.user) == ("PSA", "L5")]
     assert (row.run, row.level, row.seen, row.strength) == (0, "L5", None, 0.5)
     assert row.banned == banned_categories(find_level("L5").profile)

@@ -57,6 +57,8 @@ def settings(results: Results) -> Iterator[Part]:
         written = sorted({f'"{picture.negative_prompt}"' for picture in made if picture.negative_prompt})
         details = [f"{len(made):,} pictures"]
         details += [f"adapter {few(adapters)}", f"strength {made[0].strength:g}"] if adapters else []
+        details += [f"everybody is taken for {made[0].everyone}"] if made[0].everyone else []
+        details += [f'degree {made[0].degree}, away from "{made[0].concept}"'] if made[0].degree else []
         details += [f"negative prompts such as {few(written, 1)}"] if written else []
         rows.append([label, "; ".join(details)])
     yield View(["setting", "value"], rows)

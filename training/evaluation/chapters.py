@@ -52,9 +52,9 @@ def _glance(results: Results) -> Iterator[Part]:
         f"{count(len(gallery.labels), 'method')}, {count(people, 'person', 'people')}, "
         f"{count(len({shown.picture.prompt_id for shown in gallery.pictures}), 'prompt')}, {counted}. "
         + (
-            f"Not equal: methods differ in prompt, seed, steps, guidance, size or base in {len(different):,} cases."
+            f"Not equal: methods differ in prompt, seed, steps, guidance or size in {len(different):,} cases."
             if different
-            else "In every case all methods had the same base, prompt, seed, steps, guidance and size."
+            else "In every case all methods had the same prompt, seed, steps, guidance and size."
         )
         + _sorted(gallery)
     )
@@ -166,7 +166,15 @@ def _wins(results: Results, figures: Path) -> Iterator[Part]:
             for seen, counts in one.counts.items():
                 share = one.table.get(Cell(one.method, EVERYONE, seen, ALL))
                 rate = "" if share is None else percent(share)
-                rows.append([one.method, one.against, seen or "others", rate, *(f"{count:,}" for count in counts)])
+                rows.append(
+                    [
+                        one.method,
+                        one.against,
+                        seen or others(results.gallery),
+                        rate,
+                        *(f"{count:,}" for count in counts),
+                    ]
+                )
         header = ["method", "against", "people", "win rate, ties half", "wins", "ties", "losses", "unusable"]
         yield View(header, rows, f"By {judged.judge}")
         if judged.first is not None and judged.disagreed is not None:

@@ -199,6 +199,15 @@ class EvaluationConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _pairs_have_one_picture(self) -> EvaluationConfig:
+        if self.sampling.pictures > 1 and any(section.miniature for section in self.pairs):
+            raise ValueError(
+                f"sampling.pictures = {self.sampling.pictures}, but the cases of pairs.miniature have one picture "
+                "each, with noise of its own: leave it out, and raise pairs.miniature for more"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _methods_differ(self) -> EvaluationConfig:
         titles = [title for method in self.methods for title in method.titles()]
         for title in titles:

@@ -243,6 +243,9 @@ class _Manifest:
             engine=self._engine.title,
             base=self._engine.base_of(run),
             adapter=self._engine.adapter_of(run),
+            everyone=run.everyone,
+            degree=run.degree,
+            concept=run.concept,
         )
 
 

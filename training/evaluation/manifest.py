@@ -49,6 +49,9 @@ class Picture(BaseModel):
     engine: str
     base: str  # its name and a hash of its weights
     adapter: str | None  # likewise
+    everyone: str | None = None  # the level that a static adapter takes everybody for
+    degree: str | None = None  # of Safe Latent Diffusion: weak, medium, strong, max
+    concept: str = ""  # what that leads away from
 
 
 _SCHEMA = pyarrow.schema(
@@ -76,6 +79,9 @@ _SCHEMA = pyarrow.schema(
         ("engine", pyarrow.string()),
         ("base", pyarrow.string()),
         ("adapter", pyarrow.string()),
+        ("everyone", pyarrow.string()),
+        ("degree", pyarrow.string()),
+        ("concept", pyarrow.string()),
     ]
 )
 

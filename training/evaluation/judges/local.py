@@ -33,7 +33,7 @@ class LocalModel:
             Missing: there is no such folder, or transformers cannot open it.
         """
         if not config.model.is_dir():
-            raise Missing(f"there is no folder {config.model} with a vision-language model")
+            raise Missing(f"there is no folder {config.model} with a vision-language model: correct the judge's model")
         try:
             self._model = (
                 AutoModelForImageTextToText.from_pretrained(
@@ -44,7 +44,10 @@ class LocalModel:
             )
             self._processor = AutoProcessor.from_pretrained(config.model, local_files_only=True)
         except DAMAGE as error:
-            raise Missing(f"{config.model} holds no model for images and text ({error!r:.200})") from None
+            raise Missing(
+                f"{config.model} holds no model for images and text that transformers can open "
+                f"({error!r:.200}): put one there"
+            ) from None
         self.name, self._config, self._device = config.name, config, device
         self.identity = f"local {_weights(config.model)} {config.dtype} {config.max_new_tokens}"
 
@@ -62,7 +65,10 @@ class LocalModel:
             try:
                 yield self._answer(question)
             except DAMAGE as error:
-                raise JudgeStopped(f"the model in {self._config.model} cannot be run ({error!r:.200})") from None
+                raise JudgeStopped(
+                    f"the model in {self._config.model} cannot be run ({error!r:.200}): try another dtype, "
+                    "or a smaller model"
+                ) from None
 
     @torch.no_grad()
     def _answer(self, question: Question) -> str:

@@ -43,7 +43,7 @@ class RemoteModel:
         self.name, self._config = config.name, config
         self._key = os.environ.get(config.key_variable, "") if config.key_variable else ""
         if config.key_variable and not self._key:
-            raise Missing(f"the environment variable {config.key_variable} holds no key")
+            raise Missing(f"the environment variable {config.key_variable} holds no key: export it and begin again")
         self.identity = f"remote {config.url} {config.model} {config.max_tokens}"
 
     def ask_fits(self, shown: Shown) -> Question:
@@ -82,7 +82,10 @@ class RemoteModel:
                     if response.status_code in _REFUSED:  # this question alone: a filter for sensitive content, say
                         return f"[{reason}]"
                     detail = self._without_key(response.text)[:200]
-                    raise JudgeStopped(f"{self._config.url} refused a question ({reason}: {detail})")
+                    raise JudgeStopped(
+                        f"{self._config.url} refused a question ({reason}: {detail}): check the model's name, "
+                        "the key and what the endpoint allows"
+                    )
             if attempt < self._config.retries:
                 time.sleep(min(_LONGEST_WAIT, max(wait, self._config.backoff * 2**attempt)))
         raise JudgeStopped(

@@ -38,7 +38,7 @@ class Clip(nn.Module):
             self.model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device)
             self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except DAMAGE as error:
-            raise Missing(f"{folder} holds no CLIP that transformers can open ({error!r:.200})") from None
+            raise Missing(f"{folder} holds no CLIP that transformers can open ({error!r:.200}): get it again") from None
         self.config = self.model.config
         self.device = device
 
@@ -71,7 +71,6 @@ class ClipScore:
     better: Better = "higher"
     aspect: Aspect = "quality"
     proportions = False
-    needs = "a CLIP folder of transformers (assess.clip.model)"
 
     def __init__(self, clip: Clip) -> None:
         """Measure with ``clip``."""
@@ -95,7 +94,6 @@ class Q16:
     better: Better = "lower"
     aspect: Aspect = "safety"
     proportions = True
-    needs = "a CLIP folder of transformers and two learnt embeddings (assess.q16)"
 
     def __init__(self, clip: Clip, prompts: Path, batch_size: int) -> None:
         """Read the learnt embeddings, ``[2, dim]``: harmless, inappropriate.
@@ -107,7 +105,9 @@ class Q16:
         learnt = _read_tensor(prompts)
         dim = int(clip.config.projection_dim)
         if tuple(learnt.shape) != (2, dim):
-            raise Missing(f"{prompts} holds a tensor {list(learnt.shape)}, and this CLIP needs [2, {dim}]")
+            raise Missing(
+                f"{prompts} holds a tensor {list(learnt.shape)}, and this CLIP needs [2, {dim}]: take those made for it"
+            )
         self._learnt = F.normalize(learnt.float(), dim=-1).to(clip.device)
 
     def __call__(self, pictures: Sequence[Shown]) -> list[float | None]:
@@ -124,5 +124,5 @@ def _read_tensor(path: Path) -> Tensor:
     found = read_weights(path, what)
     tensors = list(found.values()) if isinstance(found, dict) else [found]
     if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
-        raise Missing(f"{path} does not hold {what} as one tensor")
+        raise Missing(f"{path} does not hold {what} as one tensor: get that file again")
     return tensors[0]

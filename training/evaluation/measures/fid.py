@@ -43,7 +43,6 @@ class Fid:
     """FID of sets of pictures to one set of real ones."""
 
     better: Better = "lower"
-    needs = "a folder of real pictures and Inception's weights (assess.fid)"
 
     def __init__(self, config: FidSection, detector: Path, device: torch.device, batch_size: int, seed: int) -> None:
         """Read the real pictures.
@@ -65,7 +64,7 @@ class Fid:
         if len(real) < self.minimum:
             raise Missing(
                 f"{config.reference} holds {len(real)} pictures, and FID over {self._extractor.dim} features needs "
-                f"{self.minimum} real ones"
+                f"{self.minimum} real ones: add some, or lower assess.fid.minimum"
             )
         self._real = self._features(real)
         mean, covariance = _moments(self._real.double().numpy())
@@ -154,7 +153,7 @@ def _inception(config: FidSection) -> Extractor:
     except ModuleNotFoundError:
         raise Missing("the package torch-fidelity is not installed: pip install -e '.[evaluate]'") from None
     except DAMAGED as error:
-        raise Missing(f"{config.weights} does not hold {what} ({error!r:.120})") from None
+        raise Missing(f"{config.weights} does not hold {what} ({error!r:.120}): get that file again") from None
     return Extractor(fid.inception, config.feature, None)
 
 
@@ -165,7 +164,7 @@ def _detector(path: Path) -> Extractor:
 
 def _pictures_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise Missing(f"there is no folder {folder} with real pictures")
+        raise Missing(f"there is no folder {folder} with real pictures: correct assess.fid.reference")
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
 
 
@@ -174,7 +173,7 @@ def _open(path: Path, size: int | None) -> PIL.Image.Image:
         with PIL.Image.open(path) as image:
             rgb = image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise Missing(f"the real picture {path} cannot be read ({error})") from None
+        raise Missing(f"the real picture {path} cannot be read ({error}): delete it, or get it again") from None
     return rgb if size is None or rgb.size == (size, size) else rgb.resize((size, size), PIL.Image.Resampling.LANCZOS)
 
 

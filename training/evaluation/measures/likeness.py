@@ -29,7 +29,6 @@ class Ssim:
     better: Better = "higher"
     aspect: Aspect = "likeness"
     proportions = False
-    needs = "nothing"
 
     def __init__(self, batch_size: int) -> None:
         """Compare ``batch_size`` pairs at a time."""
@@ -47,7 +46,6 @@ class Lpips:
     better: Better = "lower"
     aspect: Aspect = "likeness"
     proportions = False
-    needs = "the package lpips and torchvision's AlexNet weights (assess.likeness.lpips)"
 
     def __init__(self, weights: Path, batch_size: int, device: torch.device) -> None:
         """Read AlexNet's weights as torchvision names them; the linear layers come with the package.
@@ -110,6 +108,6 @@ def _network(weights: Path) -> torch.nn.Module:
         named = {name: name.split(".", 1)[1] for name in network.net.state_dict()}
         network.net.load_state_dict({name: known[f"features.{rest}"] for name, rest in named.items()})
     except DAMAGE as error:
-        raise Missing(f"{weights} does not hold {what} ({error!r:.120})") from None
+        raise Missing(f"{weights} does not hold {what} ({error!r:.120}): get that file again") from None
     assert isinstance(network, torch.nn.Module)
     return network.eval().requires_grad_(False)

@@ -20,7 +20,6 @@ class Measure(Protocol):
     better: Better
     aspect: Aspect
     proportions: bool  # whether the number is 0 or 1
-    needs: str  # weights and packages, in words
 
     def __call__(self, pictures: Sequence[Shown]) -> list[float | None]:
         """Return one value for each picture, None where there is nothing to measure."""

@@ -32,7 +32,6 @@ class NudeNet:
     better: Better = "lower"
     aspect: Aspect = "safety"
     proportions = True
-    needs = "the package nudenet (AGPL), which carries its weights"
 
     def __init__(self, threshold: float) -> None:
         """Load the weights that come with the package.

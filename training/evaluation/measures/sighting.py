@@ -46,7 +46,6 @@ class Counted:
     """One thing that is counted in what the detector sees."""
 
     proportions = True
-    needs = "the miniature's detector, which comes with this pack"
 
     def __init__(
         self,

@@ -22,9 +22,9 @@ def read_weights(path: Path, what: str) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise Missing(f"there is no file {path} with {what}") from None
+        raise Missing(f"there is no file {path} with {what}: correct its path") from None
     except DAMAGED as error:
-        raise Missing(f"{path} does not hold {what} ({_first_line(error)})") from None
+        raise Missing(f"{path} does not hold {what} ({_first_line(error)}): get that file again") from None
 
 
 def _first_line(error: Exception) -> str:
