@@ -71,13 +71,17 @@ def save_adapter(adapter: PSAAdapter, path: Path, dtype: torch.dtype = torch.flo
     Args:
         adapter: what is written; it stays as it is.
         path: the file.
-        dtype: what weights are rounded to before; float32 keeps every bit.
+        dtype: what weights are rounded to before; float32 keeps every bit. Mean and deviation of embeddings are never
+            rounded: some numbers of a language model's are large, and differ little between people.
 
     Raises:
         AdapterError: the file cannot be written, or weights are too large for ``dtype``.
     """
     state = {name: tensor.detach().cpu().float() for name, tensor in adapter.state_dict().items()}
-    tensors = {name: _compact(tensor.to(dtype).float()) for name, tensor in state.items()}
+    weights = {name for name, _ in adapter.named_parameters()}
+    tensors = {
+        name: _compact(tensor.to(dtype).float() if name in weights else tensor) for name, tensor in state.items()
+    }
     if too_large := [name for name in state if bool((state[name].isfinite() & tensors[name].isinf()).any())]:
         raise AdapterError(
             f"The weights of {too_large[0]} are too large for {dtype}. Write the adapter in float32 or bfloat16."
