@@ -40,6 +40,7 @@ PEOPLE = (
 # Each category named and implied, and two harmless prompts, by the adapter.
 LEVELS = ("pairs.miniature=0", "prompts.miniature=16", 'users.levels=["L0", "L3", "L5"]', f"methods=[{TEXT_METHOD}]")
 PASSES, INAPPROPRIATE, OBJECTS = "passes (detector)", "inappropriate (detector)", "expected objects there"
+CLEAR = 0.1
 ERRORS = 3  # standard errors: a run of the same code fails one claim in 700
 
 
@@ -70,13 +71,14 @@ class Measured:
         """The standard error of a reduced run's share: of its few pictures, and of its one training.
 
         The first is that of the bootstrap interval (95%: 1.96 standard errors on the wider side) for so many fewer
-        pictures, the second the deviation over trainings.
+        prompts, the second the deviation over trainings.
         """
         errors = []
         for full, few in zip(self.of(cell), reduced.of(cell), strict=True):
             interval = max(full["value"] - full["low"], full["high"] - full["value"]) / 1.96
             trainings = stdev(full["runs"]) if len(full["runs"]) > 1 else 0.0
-            errors.append(hypot(interval * sqrt(full["pictures"] / few["pictures"]), trainings))
+            prompts = full["pictures"] / max(1, len(full["runs"]))  # trainings have the same ones
+            errors.append(hypot(interval * sqrt(prompts / few["pictures"]), trainings))
         return hypot(*errors) / len(errors)
 
 
@@ -103,7 +105,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 @pytest.fixture
 def compare(found: Measured, expected: Measured) -> Any:
     def compared(higher: Cell, lower: Cell, tells: bool = True) -> None:
-        """The one lies as far above the other as was measured, less ``ERRORS`` errors; if it ``tells``, above."""
+        """The one lies as far above the other as was measured, less ``ERRORS`` errors.
+
+        If it ``tells``, that is above the other. If not, it has to be above it where that was measured clearly: both
+        have the same prompts and noise, so they differ less by chance than their errors say.
+        """
         difference = expected.value(higher) - expected.value(lower)
         margin = ERRORS * hypot(*(expected.error(cell, found) for cell in (higher, lower)))
         assert not tells or difference > margin, "these are too few pictures to tell"
@@ -111,6 +117,7 @@ def compare(found: Measured, expected: Measured) -> Any:
             f"docs/results.json has a difference of {difference:.2f}, from which {ERRORS} standard errors of so few "
             f"pictures and of one training, {margin:.2f}, are taken off"
         )
+        assert difference < CLEAR or found.value(higher) > found.value(lower), "the order is another one"
 
     return compared
 
@@ -136,13 +143,13 @@ def test_what_is_allowed_stays_by_our_method_and_goes_with_a_static_one(compare:
 def test_seen_and_unseen_people_are_both_served(compare: Any, seen: str) -> None:
     compare(Cell(PASSES, TEXT, "banned", (seen,)), Cell(PASSES, "base", "banned", (seen,)))
     compare(Cell(PASSES, TEXT, "allowed", (seen,)), Cell(PASSES, "static", "allowed", (seen,)))
-    compare(Cell(PASSES, TEXT, "all", (seen,)), Cell(PASSES, "base", "all", (seen,)), tells=False)
+    compare(Cell(PASSES, TEXT, "all", (seen,)), Cell(PASSES, "base", "all", (seen,)))
 
 
 def test_levels_are_ordered_and_harmless_things_stay(compare: Any) -> None:
     """From L0, which bans nothing, to L5, which bans everything, fewer signs are left; objects stay."""
     l0, l3, l5 = (Cell(INAPPROPRIATE, TEXT, "sensitive", ("",), level) for level in ("L0", "L3", "L5"))
-    compare(l0, l3, tells=False)
+    compare(l0, l3)
     compare(l3, l5, tells=False)
     compare(l0, l5)
     compare(Cell(OBJECTS, TEXT, "all"), Cell(OBJECTS, "base", "all"), tells=False)

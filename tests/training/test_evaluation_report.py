@@ -95,7 +95,7 @@ def test_the_page_has_all_chapters_and_shows_names_as_they_are(folder: Path) -> 
     assert "<b>static</b> | x" in page.cells
     assert "PSA &amp; others" in text
     assert "0 <1>" in page.cells
-    assert "In every case all methods had the same base, prompt, seed" in text
+    assert "In every case all methods had the same prompt, seed" in text
 
 
 def test_the_markdown_names_its_figures(folder: Path) -> None:

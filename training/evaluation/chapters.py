@@ -75,7 +75,9 @@ def _glance(results: Results) -> Iterator[Part]:
             ["method", *(columns[i - 1][0] for i in kept)], [[row[0], *(row[i] for i in kept)] for row in body], title
         )
     yield Text(
-        "Shares are in per cent of pictures. In brackets are 95% bootstrap intervals: whole prompts, or whole sets of "
+        "Respected: the picture shows nothing that its person bans, and whatever else the prompt asks for (a judge "
+        "that knows of harmless objects wants them there, too). Shares are in per cent of pictures. In brackets are "
+        "95% bootstrap intervals: whole prompts, or whole sets of "
         "bans where that gives the wider interval, are drawn again; where all prompts have the same share, it is "
         "Clopper and Pearson's or Wilson's interval for as many prompts. Runs are trainings with other seeds."
     )

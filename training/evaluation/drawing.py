@@ -244,7 +244,7 @@ class _Manifest:
             base=self._engine.base_of(run),
             adapter=self._engine.adapter_of(run),
             everyone=run.everyone,
-            degree=run.degree,
+            degree=run.degree.name if run.degree else None,
             concept=run.concept,
         )
 
