@@ -47,7 +47,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "optimizer__warmup_steps": 1,
         "optimizer__ema_decay": 0.9,
     },
-    "adafactor": {"optimizer__kind": "adafactor", "optimizer__schedule": "linear", "optimizer__warmup_steps": 2},
+    "adafactor": {
+        "optimizer__kind": "adafactor",
+        "optimizer__betas": (0.9, 0.999),
+        "optimizer__schedule": "linear",
+        "optimizer__warmup_steps": 2,
+    },
 }
 LOOKING = {"validation__every": 2, "validation__pairs": 1, "validation__held_out": 0.1, "validation__unseen_users": 0.1}
 

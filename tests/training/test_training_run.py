@@ -279,7 +279,12 @@ def test_gradient_checkpointing_gives_the_same_weights(
 
 
 def test_adafactor_in_bf16_trains_float32_weights(bases: dict[str, Base], split: Path, tmp_path: Path) -> None:
-    settings = {"optimizer.kind": "adafactor", "model.dtype": "bf16", "optimizer.learning_rate": 1e-3}
+    settings = {
+        "optimizer.kind": "adafactor",
+        "optimizer.betas": (0.9, 0.999),
+        "model.dtype": "bf16",
+        "optimizer.learning_rate": 1e-3,
+    }
     found = train_tiny(bases["sdxl"], split, tmp_path / "run", settings)
     assert found.trainer is not None
     assert found.trainer.policy.unet.dtype == torch.bfloat16
