@@ -145,9 +145,9 @@ def evaluate(
             name: tabulate_likeness([compared[run.name] for run in together], free)
             for name, together in methods.items()
         }
-    summary = summarise(shares, alike)
+    summary = summarise(shares, alike) if asked.unseen else ""  # it is about unseen people
     parts = (
-        summary,
+        *((summary,) if summary else ()),
         to_markdown(shares),
         "Against the base, case by case, in points:\n",
         to_markdown(above, ("kept", "object")),
