@@ -170,4 +170,6 @@ def test_a_finished_adapter_is_rounded_if_the_configuration_says_so_and_checkpoi
     whole = load_adapter(config.run.output / "checkpoints" / f"step-{STEPS:06d}" / "adapter.safetensors").state_dict()
     rounded = load_adapter(adapter_file(config)).state_dict()
     assert any(not torch.equal(whole[name], rounded[name]) for name in whole)
-    assert all(torch.equal(whole[name].half().float(), rounded[name]) for name in whole)
+    for name, weight in whole.items():  # mean and deviation of embeddings are no weights
+        expected = weight if name.startswith("embedding_") else weight.half().float()
+        assert torch.equal(expected, rounded[name]), name
