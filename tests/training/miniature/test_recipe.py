@@ -21,6 +21,7 @@ from comfyui_psa.training import train
 from comfyui_psa.training.base import open_base
 from comfyui_psa.training.cli import app
 from comfyui_psa.training.config import load_config
+from comfyui_psa.training.errors import TrainingError
 from comfyui_psa.training.miniature import ablation, adapters, evaluation, recipe
 from comfyui_psa.training.miniature.fitting import Plan
 from comfyui_psa.training.miniature.recipe import Extent, train_base
@@ -196,6 +197,23 @@ def test_an_adapter_is_trained_on_drawn_pairs_and_measured(
     assert same == pytest.approx([1.0] * len(same), abs=1e-6)
     assert min(value for (method, *_), value in alike.items() if method == "negative prompt") < 0.99
     assert "SSIM" in looked
+
+    only = (
+        "evaluate",
+        f"PSA={ours}",
+        "--base",
+        base,
+        "--per-cell",
+        2,
+        "--output",
+        tmp_path / "seen.json",
+        "--no-unseen",
+    )
+    assert "unseen" not in psa(*only)
+    found = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))
+    assert {row["people"] for row in found["shares"]} == {"seen"}
+    with pytest.raises(TrainingError, match="Neither seen nor unseen"):
+        psa(*only, "--no-seen")
 
 
 def test_an_ablation_trains_what_is_not_there_and_compares_it(
