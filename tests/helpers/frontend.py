@@ -99,11 +99,20 @@ def exported_prompt(page: Page) -> Prompt:
 
 
 def queue(page: Page) -> dict[str, Any]:
-    """Queue the graph as the button does, and wait for its success ("ok") or its error."""
+    """Queue the graph as the button does, and return its success ("ok") or its error once the history holds it.
+
+    ComfyUI tells of a success first, writes its history then, and says last that no node is executing.
+    """
     result: dict[str, Any] = page.evaluate(
         """() => new Promise((resolve) => {
-            app.api.addEventListener('execution_success', (event) => resolve({ok: event.detail}), {once: true});
-            app.api.addEventListener('execution_error', (event) => resolve({error: event.detail}), {once: true});
+            let result;
+            app.api.addEventListener('execution_success', (event) => { result = {ok: event.detail}; }, {once: true});
+            app.api.addEventListener('execution_error', (event) => { result = {error: event.detail}; }, {once: true});
+            app.api.addEventListener('executing', function ended(event) {
+                if (result === undefined || event.detail) return;
+                app.api.removeEventListener('executing', ended);
+                resolve(result);
+            });
             app.queuePrompt(0, 1);
         })"""
     )
@@ -128,10 +137,7 @@ def run(page: Page, server: ComfyUIServer) -> list[PIL.Image.Image]:
     """Queue the graph, and return the pictures that it saves or previews, node by node."""
     result = queue(page)
     assert "ok" in result, result
-    prompt_id = result["ok"]["prompt_id"]
-    # ComfyUI tells of a success first, and writes its history then.
-    page.wait_for_function("async (id) => id in await (await app.api.fetchApi(`/history/${id}`)).json()", arg=prompt_id)
-    outputs = server.get("/history")[prompt_id]["outputs"]
+    outputs = server.get("/history")[result["ok"]["prompt_id"]]["outputs"]
     found = [image for node in sorted(outputs, key=int) for image in outputs[node]["images"]]
     answers = [requests.get(f"{server.url}/view", image, timeout=30) for image in found]
     return [PIL.Image.open(io.BytesIO(answer.content)).convert("RGB") for answer in answers]
