@@ -97,6 +97,9 @@ def evaluate(
     likeness: Annotated[
         int, typer.Option(min=0, help="Pictures in each cell to compare with the base's; 0: do not compare.")
     ] = 0,
+    trial: Annotated[
+        int, typer.Option(min=0, help="Another one draws other unseen people, other prompts and other noise.")
+    ] = 0,
     work: _Work = Path("runs/miniature/counted"),
     models: _Models = None,
 ) -> None:
@@ -106,7 +109,7 @@ def evaluate(
         from .miniature.adapters import evaluate as recipe
 
         output.parent.mkdir(parents=True, exist_ok=True)
-        asked = Asked(per_cell, tuple(strengths or (1.0,)), seen, unseen, likeness)
+        asked = Asked(per_cell, tuple(strengths or (1.0,)), seen, unseen, likeness, trial)
         named = [_named(text) for text in adapters]
         results = recipe(base, named, static, asked, models or _MODELS, work, progress)
         write_results(results, output)

@@ -104,11 +104,13 @@ def test_torchrun_trains_one_adapter(runs: dict[str, Run], split: Path, tmp_path
         assert float(distance) < 0.02, name  # Adam's steps are as long for gradients that are mostly rounding
 
 
-def test_accelerate_launches_it_too(runs: dict[str, Run], split: Path, tmp_path: Path) -> None:
+def test_accelerate_launches_as_many_ranks_as_it_is_told(runs: dict[str, Run], split: Path, tmp_path: Path) -> None:
+    """As on a machine with two GPUs; its ``--cpu`` would start one process, whatever the number."""
     config = tiny_config(tmp_path / "run", runs["sdxl"].base.folder, split, {"run.steps": 1})
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "comfyui_psa.training")
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "comfyui_psa.training")
     said = launch(tmp_path, *launcher, write_config(tmp_path, config), "--set", "run.batch_size=1")
-    assert "step 1/1  loss 0.6931" in said
+    assert said.count("step 1/1  loss 0.6931") == 1
+    assert "2 x cpu" in (config.run.output / "training_report.md").read_text(encoding="utf-8")
     assert (checkpoint(config, 1) / "adapter.safetensors").is_file()
     assert adapter_file(config).is_file()
 

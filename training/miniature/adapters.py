@@ -45,7 +45,8 @@ _STATIC = "static"
 class Asked:
     """What adapters are asked: pictures in each cell, at which strengths, of seen people, unseen ones or both.
 
-    ``likeness`` is the number of pictures in each cell that are compared with the base's; 0 for none.
+    ``likeness`` is the number of pictures in each cell that are compared with the base's; 0 for none. ``trial``: see
+    ``draw_cases``.
     """
 
     per_cell: int = 300
@@ -53,6 +54,7 @@ class Asked:
     seen: bool = True
     unseen: bool = True
     likeness: int = 0
+    trial: int = 0
 
 
 def train_adapter(
@@ -130,8 +132,9 @@ def evaluate(
         title = name if len(asked.strengths) == 1 else f"{name}, strength {strength:g}"
         methods.setdefault(title, []).append(Method(f"{title}, run {number}", adapter=path, strength=strength))
     runs = [run for together in methods.values() for run in together]
-    cases = [case for case in draw_cases(asked.per_cell, PEOPLE, SEED) if (asked.seen, asked.unseen)[case.unseen]]
-    compared_cases = draw_cases(asked.likeness, PEOPLE, SEED)
+    drawn_cases = draw_cases(asked.per_cell, PEOPLE, SEED, asked.trial)
+    cases = [case for case in drawn_cases if (asked.seen, asked.unseen)[case.unseen]]
+    compared_cases = draw_cases(asked.likeness, PEOPLE, SEED, asked.trial)
     free = [case for case in compared_cases if case.unseen == asked.unseen and not case.banned]
     with studios(base, base / DETECTOR, language_models) as crew:
         drawn = draw_all(crew, runs, cases, progress, Kept(work, base, base / DETECTOR))

@@ -17,6 +17,7 @@ from .people import GROUPS, Group, banned, group, training_people, unseen_people
 from .world import draw_scene
 
 _TRIAL = 1_000_000
+_STRANGERS = 200
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,15 @@ def draw_cases(per_cell: int, training: int, seed: int, trial: int = 0) -> list[
         per_cell: how many cases each cell has.
         training: the number of people who were trained on; the seen ones come from them.
         seed: of the training data.
-        trial: another one gives other prompts and noises. What is reported is trial 0; settings are tried on others,
-            and with seen people alone.
+        trial: another one gives other prompts, noises and unseen people, with the same sets held out. What is reported
+            is trial 0 unless it says so; settings are tried on others, and with seen people alone.
     """
     numbers = itertools.count(trial * _TRIAL)
     return [
         _case(next(numbers), kind, unseen, person, category, mention, seed)
         for kind, unseen in itertools.product(GROUPS, (False, True))
         for category, mention, person in _asked(
-            _people(kind, unseen, training, seed), per_cell, (seed, 31, GROUPS.index(kind), unseen, trial), kind
+            _people(kind, unseen, training, seed, trial), per_cell, (seed, 31, GROUPS.index(kind), unseen, trial), kind
         )
     ]
 
@@ -97,9 +98,9 @@ def noise(cases: Sequence[Case]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(noise_seed(c))) for c in cases])
 
 
-def _people(kind: Group, unseen: bool, training: int, seed: int) -> list[Profile]:
+def _people(kind: Group, unseen: bool, training: int, seed: int, trial: int) -> list[Profile]:
     if unseen:
-        return unseen_people(200, seed, kind)
+        return unseen_people((trial + 1) * _STRANGERS, seed, kind)[-_STRANGERS:]
     # Not those whom the rules made: unseen people have sets at random, too, so that nothing else differs.
     people = [person for person in training_people(training, seed) if group(person) == kind]
     return [person for person in people if kind != "some" or person.overrides]

@@ -128,6 +128,18 @@ def test_every_cell_has_as_many_cases_and_asks_what_it_says() -> None:
         assert case.cell.startswith("banned") == (case.category in banned(case.person))
 
 
+def test_another_trial_asks_other_unseen_people_for_other_things() -> None:
+    reported, again = (draw_cases(6, 400, SEED, trial) for trial in (0, 1))
+    assert [case.cell for case in again] == [case.cell for case in reported]
+    strangers, others = (
+        {case.person.model_dump_json() for case in cases if case.unseen} for cases in (reported, again)
+    )
+    assert len(strangers & others) < len(others) / 8  # a few happen to be alike
+    assert {banned(case.person) for case in again if case.unseen and case.group == "some"} <= held_out(SEED).sets
+    assert not {case.number for case in reported} & {case.number for case in again}
+    assert len({case.caption for case in reported} & {case.caption for case in again}) < len(again) / 2
+
+
 def test_what_was_counted_is_kept_for_its_person_prompt_and_noise_alone() -> None:
     case = draw_cases(2, 40, 2025)[-1]
     someone = with_set(case.person, frozenset({"Hate"}))

@@ -210,6 +210,15 @@ def test_an_adapter_is_trained_on_drawn_pairs_and_measured(
         "--no-unseen",
     )
     assert "unseen" not in psa(*only)
+
+    def counted() -> int:
+        return sum(len(json.loads(file.read_text(encoding="utf-8"))) for file in (work / "counted").iterdir())
+
+    before = counted()
+    psa(*only)
+    assert counted() == before
+    psa(*only, "--trial", 1)  # other prompts and other noise, so other pictures
+    assert counted() > before
     found = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))
     assert {row["people"] for row in found["shares"]} == {"seen"}
     with pytest.raises(TrainingError, match="Neither seen nor unseen"):
