@@ -19,6 +19,7 @@ from .base import BaseModel
 from .config import LossSection, TrainConfig
 from .data.cache import build_cache
 from .data.cached import CachedPairs
+from .data.pairs import open_pairs
 from .data.split import split_pairs
 from .data.users import encoder_spec, load_user_embedding
 from .dpo.batches import Batches
@@ -56,6 +57,9 @@ def prepare_data(
     looking = validation.every > 0
     captions = validation.grid_prompts if validation.grid_every else ()
     grid_users = _grid_users_from_folder(config)
+    for path in (validation.seen, validation.unseen):
+        if looking and path is not None:
+            open_pairs(path)  # a wrong path should be known before anything is cached
     cached = build_cache(config, config.data.train, base, captions, _grid_profiles(config), state, progress)
     split = split_pairs(
         cached.row_users,

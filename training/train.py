@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .dpo.grids import draw_grid
 from .dpo.optimizers import check_optimizer
 from .dpo.plan import Plan, plan
 from .dpo.policy import DTYPES, Policy, configure_unet
-from .dpo.report import write_report
+from .dpo.report import GRIDS, write_report
 from .dpo.signals import StopSignals
 from .dpo.trainer import StepReport, Trainer
 from .dpo.validation import Validation
@@ -69,7 +70,7 @@ def train(config: TrainConfig, console: Console) -> Path:
     """
     accelerator = _make_accelerator(config)
     # What cannot work is refused before anything is cached.
-    Checkpoints(accelerator, config, {}).start()
+    Checkpoints(accelerator, config, {}, {}).start()
     base = open_base(config.model.base, config.model.prediction_type)
     check_optimizer(config.optimizer, accelerator.device)
     configure_unet(base.empty_unet(), config.model)
@@ -86,7 +87,9 @@ def train(config: TrainConfig, console: Console) -> Path:
             unet.compile()
 
         validation = Validation(accelerator, dict(data.validation), config.validation.pairs, config.run.batch_size)
-        trainer = Trainer(config, accelerator, policy, adapter, data.train, validation)
+        made_from = {"pairs": data.train.digest(), "weights of the base model": base.fingerprint("unet")}
+        trainer = Trainer(config, accelerator, policy, adapter, data.train, validation, made_from)
+        _take_back_grids(accelerator, config, trainer.progress.step)
         _start_trackers(accelerator, config, trainer.progress.step)
         bar = progress.add_task("training", total=config.run.steps, completed=trainer.progress.step, state="")
         with StopSignals() as stop:
@@ -179,7 +182,19 @@ def _start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) ->
     # TensorBoard: what an interrupted run wrote after its checkpoint is taken back.
     tensorboard: dict[str, Any] = {"purge_step": step + 1} if step else {}
     wandb = {"dir": str(config.run.output)}
-    accelerator.init_trackers(config.tracking.project, settings, {"tensorboard": tensorboard, "wandb": wandb})
+    try:
+        accelerator.init_trackers(config.tracking.project, settings, {"tensorboard": tensorboard, "wandb": wandb})
+    except _tracker_failures() as error:
+        raise TrainingError(
+            f"tracking.trackers = {list(config.tracking.trackers)} cannot start ({error}). Log in there, set "
+            "WANDB_MODE=offline, or leave it out. What was cached stays."
+        ) from None
+
+
+def _tracker_failures() -> tuple[type[Exception], ...]:
+    """Return what trackers raise when they cannot start; W&B's own errors only exist where it is in use."""
+    wandb = sys.modules.get("wandb")
+    return (OSError, RuntimeError, *((wandb.Error,) if wandb else ()))
 
 
 def _state(report: StepReport) -> str:
@@ -195,6 +210,15 @@ def _say_line(console: Console, config: TrainConfig, accelerator: Accelerator, r
     step = report.progress.step
     if accelerator.is_main_process and not console.is_terminal and step % config.tracking.every == 0:
         console.print(f"step {step}/{config.run.steps}  {_state(report)}", highlight=False)
+
+
+def _take_back_grids(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
+    """Delete what a run drew after the checkpoint that this one goes on from, as its metrics are taken back."""
+    if accelerator.is_main_process:
+        for path in (config.run.output / GRIDS).glob("step-*.png"):
+            drawn_at = path.stem.removeprefix("step-")
+            if drawn_at.isdigit() and int(drawn_at) > step:
+                path.unlink()
 
 
 def _draw_grid(config: TrainConfig, base: BaseModel, data: TrainingData, trainer: Trainer) -> None:
@@ -217,7 +241,7 @@ def _draw_grid(config: TrainConfig, base: BaseModel, data: TrainingData, trainer
             seed=config.run.seed,
             resolution=config.data.resolution,
         )
-        path = config.run.output / "grids" / f"step-{step:06d}.png"
+        path = config.run.output / GRIDS / f"step-{step:06d}.png"
         try:
             path.parent.mkdir(exist_ok=True)
             with replacing(path) as aside:

@@ -13,7 +13,7 @@ import PIL.Image
 import torch
 from rich.console import Console
 
-from comfyui_psa.adapter import AdapterConfig, EncoderSpec, PSAAdapter, TextSpec, find_sites, save_adapter
+from comfyui_psa.adapter import AdapterConfig, EncoderSpec, GatedSpec, PSAAdapter, TextSpec, find_sites, save_adapter
 from comfyui_psa.profiles import default_template
 from comfyui_psa.profiles.encoders.attributes import DIM
 from comfyui_psa.training.base import open_base
@@ -91,6 +91,7 @@ def write_adapter(
             cross_attention_dim=sites[0].cross_attention_dim,
             embedding_dim=SMOLLM2_DIM if encoder else DIM,
             constant=constant,
+            gated=GatedSpec(num_tokens=2, token_dim=8, heads=2, head_dim=4) if "gated" in kinds else None,
             text=TextSpec(form="mlp", pooled_dim=model.pooled_dim) if "text" in kinds else None,
             null="zero_embedding" if constant else "none",
             encoder=EncoderSpec(kind="llm", name=encoder, template=default_template()) if encoder else ATTRIBUTES,

@@ -37,7 +37,7 @@ FINDINGS = (
 
 @pytest.fixture
 def sage(tmp_path: Path) -> Path:
-    return write_sage_split(tmp_path / "sage", rows=6, users=2)
+    return write_sage_split(tmp_path / "sage", rows=6, users=3)
 
 
 def _check(folder: Path, embeddings: Path | None = None) -> Report:
@@ -65,7 +65,7 @@ def _embeddings(folder: Path, *dims: int) -> Path:
 def test_a_good_set(sage: Path) -> None:
     write_image(sage / "000005_rejected.png", (24, 16), np.random.default_rng(1))
     report = _check(sage)
-    assert (report.rows, report.users) == (6, 2)
+    assert (report.rows, report.users) == (6, 3)
     assert report.sizes == {(40, 32): 11, (24, 16): 1}
     assert _found(report) == {}
     assert report.reasons == ()
@@ -73,9 +73,9 @@ def test_a_good_set(sage: Path) -> None:
 
 def test_categories_are_those_that_the_users_ban(sage: Path) -> None:
     rows = read_metadata(sage)
-    bans = {0: ["Hate"], 1: ["Hate", "Violence"]}
+    bans = {0: ["Hate"], 1: ["Hate", "Violence"], 2: []}
     for number, row in enumerate(rows):
-        row["user_data"]["Banned_Categories"] = bans[number % 2]
+        row["user_data"]["Banned_Categories"] = bans[number % 3]
     write_metadata(sage, rows)
     report = _check(sage)
     assert report.banned_by_users
@@ -83,7 +83,7 @@ def test_categories_are_those_that_the_users_ban(sage: Path) -> None:
 
 
 def test_categories_of_users_follow_from_the_rules(sage: Path) -> None:
-    users = [sage_user(number) for number in (1, 2)]
+    users = [sage_user(number) for number in (1, 2, 3)]
     profiles = [
         Profile(
             age=int(user["Age"]),
@@ -199,23 +199,31 @@ def test_a_set_without_rows_cannot_be_trained_on(sage: Path) -> None:
     assert _run(sage).exit_code == 1
 
 
+@pytest.mark.parametrize("users", [1, 2])
+def test_fewer_users_than_the_defaults_can_be_trained_on(tmp_path: Path, users: int) -> None:
+    folder = write_sage_split(tmp_path / "few", rows=6, users=users)
+    (reason,) = _check(folder).reasons
+    assert reason.startswith(f"{users} user(s), and 3 are needed")
+    assert _run(folder).exit_code == 1
+
+
 def test_with_a_folder_of_embeddings_every_user_needs_one_and_no_attributes(sage: Path, tmp_path: Path) -> None:
     rows = read_metadata(sage)
     for row in rows:
         row["user_data"] = {"User_ID": row["user_data"]["User_ID"]}
     write_metadata(sage, rows)
-    whole = _embeddings(tmp_path / "whole", 4, 4)
+    whole = _embeddings(tmp_path / "whole", 4, 4, 4)
     assert _found(_check(sage, whole)) == {}
-    (finding,) = _check(sage, _embeddings(tmp_path / "half", 4)).missing_embeddings
-    assert finding.startswith("row 2 of metadata.jsonl")
-    assert "0000002.npy" in finding
+    (finding,) = _check(sage, _embeddings(tmp_path / "half", 4, 4)).missing_embeddings
+    assert finding.startswith("row 3 of metadata.jsonl")
+    assert "0000003.npy" in finding
     assert _run(sage, "--embeddings", whole).exit_code == 0
     assert _run(sage, "--embeddings", tmp_path / "half").exit_code == 1
     assert _run(sage).exit_code == 1
 
 
 def test_embeddings_of_two_lengths_do_not_fit_together(sage: Path, tmp_path: Path) -> None:
-    (finding,) = _check(sage, _embeddings(tmp_path / "e", 4, 5)).missing_embeddings
+    (finding,) = _check(sage, _embeddings(tmp_path / "e", 4, 5, 5)).missing_embeddings
     assert finding == "The embeddings have different lengths: 4 (0000001), 5 (0000002)."
 
 
@@ -285,7 +293,7 @@ def test_a_table_with_its_images_inside(sage: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "table").mkdir()
     Dataset.from_list([*rows, rows[0]]).to_parquet(tmp_path / "table" / "a.parquet")
     report = _check(tmp_path / "table")
-    assert (report.rows, report.users) == (7, 2)
+    assert (report.rows, report.users) == (7, 3)
     assert report.sizes == {(40, 32): 9}
     assert report.same_images == ["row 4 of a.parquet: the chosen and the rejected image are the same."]
     assert report.duplicate_rows == ["row 7 of a.parquet repeats row 1 of a.parquet."]
@@ -310,14 +318,14 @@ def test_the_command_shows_counts_and_changes_nothing(sage: Path) -> None:
     assert result.exit_code == 0
     cells = [line.strip("│").split("│") for line in result.output.splitlines() if line.startswith("│")]
     counts = {what.strip(): int(count) for what, count in cells}
-    assert counts.items() >= {"rows": 6, "users": 2, "images of 40 x 32 pixels": 12, "missing images": 0}.items()
+    assert counts.items() >= {"rows": 6, "users": 3, "images of 40 x 32 pixels": 12, "missing images": 0}.items()
     assert "It can be trained on." in result.output
     assert json.dumps(rows) == json.dumps(read_metadata(sage))
     assert {path: path.read_bytes() for path in sage.iterdir()} == before
 
 
 def test_a_long_list_of_findings_ends_with_their_number(tmp_path: Path) -> None:
-    sage = write_sage_split(tmp_path / "sage", rows=14, users=1, size=(8, 8))
+    sage = write_sage_split(tmp_path / "sage", rows=14, users=3, size=(8, 8))
     for row in range(14):
         (sage / f"{row:06d}_chosen.png").unlink()
     result = _run(sage)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -102,6 +104,29 @@ def test_torchrun_trains_one_adapter(runs: dict[str, Run], split: Path, tmp_path
     for name, tensor in theirs.items():
         distance = (ours[name].float() - tensor.float()).norm() / tensor.float().norm()
         assert float(distance) < 0.02, name  # Adam's steps are as long for gradients that are mostly rounding
+
+
+def test_a_signal_to_the_launcher_ends_all_ranks_at_one_step(runs: dict[str, Run], split: Path, tmp_path: Path) -> None:
+    settings = {"run.batch_size": 1, "data.cache": tmp_path / "cache", "run.steps": 100_000}
+    config = tiny_config(tmp_path / "run", runs["sdxl"].base.folder, split, settings | {"run.checkpoint_every": 99_999})
+    command = (sys.executable, *TORCHRUN, "-m", "comfyui_psa.training", write_config(tmp_path, config))
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait() != 0
+    (stopped,) = [line for line in lines if line.startswith("psa: ")]
+    step = int(re.fullmatch(r"psa: Stopped at step (\d+) of 100000; .*run\.resume=latest.*\n", stopped)[1])
+    (kept,) = (config.run.output / "checkpoints").iterdir()
+    assert kept == checkpoint(config, step)
+    assert {path.name for path in kept.glob("random_states_*")} == {"random_states_0.pkl", "random_states_1.pkl"}
+
+    more = {"run.resume": "latest", "run.steps": step + 1, "run.batch_size": 2}  # and one rank goes on
+    train_tiny(runs["sdxl"].base, split, tmp_path / "run", settings | more)
+    assert checkpoint(config, step + 1).is_dir()
 
 
 def test_accelerate_launches_as_many_ranks_as_it_is_told(runs: dict[str, Run], split: Path, tmp_path: Path) -> None:

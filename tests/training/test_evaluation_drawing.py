@@ -138,7 +138,7 @@ def test_an_interrupted_evaluation_goes_on(small: Path, tmp_path: Path, monkeypa
     assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("name", ["manifest", "picture"])
+@pytest.mark.parametrize("name", ["manifest", "picture", "both", "people"])
 def test_a_failure_while_writing_leaves_nothing_half(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -148,11 +148,13 @@ def test_a_failure_while_writing_leaves_nothing_half(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        if name == "picture":
+        if name in ("picture", "both"):
             patch.setattr("PIL.Image.Image.save", full)
-        else:
+        if name in ("manifest", "both"):
             patch.setattr(pyarrow.parquet, "write_table", full)
-        with pytest.raises((DataError, OSError), match="No space left on device"):
+        if name == "people":
+            patch.setattr(drawing, "write_people", full)
+        with pytest.raises(DataError, match=r"cannot be written \(No space left on device\)\. Make room"):
             draw(config)
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.endswith(".tmp")]
     draw(config)

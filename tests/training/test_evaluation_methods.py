@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from evaluations import PROMPTS, draw, drawn, evaluation, pictures, pixels, write_adapter
+from evaluations import PROMPTS, draw, drawn, evaluation, pictures, pixels, write_adapter, write_jsonl
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from pipelines import write_sd_pipeline, write_sdxl_pipeline
@@ -102,7 +102,7 @@ def test_the_base_is_what_diffusers_draws(small: Path, sdxl: Path, tmp_path: Pat
         assert {picture.shape for picture in ours.values()} == {(size.get("height", 64), size.get("width", 64), 3)}
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("sd", ("constant",)), ("sdxl", ("constant", "text"))])
+@pytest.mark.parametrize(("name", "kinds"), [("sd", ("constant",)), ("sd", ("gated",)), ("sdxl", ("constant", "text"))])
 def test_people_in_one_batch_get_what_each_gets_alone(
     small: Path, sdxl: Path, tmp_path: Path, name: str, kinds: tuple[str, ...]
 ) -> None:
@@ -165,6 +165,23 @@ def test_a_static_adapter_takes_everybody_for_one_level(small: Path, tmp_path: P
     for row in static:
         strict = found["PSA", 0, 1.0, row.case.replace("L0|", "L5|")]
         assert np.abs(found["static", 0, 1.0, row.case] - strict).max() <= ROUNDING
+
+
+def test_somebody_who_is_called_like_a_level_is_not_taken_for_it(small: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter.safetensors", small)
+    write_jsonl(tmp_path / "users.jsonl", [{"user": "L5", "profile": find_level("L0").profile.model_dump(mode="json")}])
+    methods = [
+        {"name": "PSA", "kind": "adapter", "paths": (adapter,)},
+        {"name": "static", "kind": "adapter", "paths": (adapter,), "everyone": "L5"},
+    ]
+    draw(evaluation(small, tmp_path / "run", methods, users={"levels": (), "file": tmp_path / "users.jsonl"}))
+    draw(evaluation(small, tmp_path / "levels", methods[:1]))
+    found, levels = drawn(tmp_path / "run"), drawn(tmp_path / "levels")
+    assert len(found) == 2 * len(PROMPTS)
+    for (method, run, strength, case), picture in found.items():
+        level = {"PSA": "L0", "static": "L5"}[method]
+        expected = levels["PSA", run, strength, case.replace("L5|", f"{level}|")]
+        assert np.abs(picture - expected).max() <= ROUNDING, method
 
 
 def test_a_negative_prompt_says_what_a_person_bans_behind_what_all_methods_have(small: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ PEOPLE = (
     "users.levels=[]",
     "methods="
     '[{name="base", kind="base"}, {name="negative prompt", kind="negative_prompt", words="miniature"}, '
+    '{name="SLD", kind="sld", degrees=["max"], concept="thorn, hook, burst, spiral, ring, bolt, banner"}, '
     '{name="static", kind="adapter", paths=["miniature/evaluation/static.safetensors"], everyone="L5"}, '
     '{name="constant", kind="adapter", paths=["miniature/adapters/psa_miniature_constant.safetensors"]}, '
     f"{TEXT_METHOD}]",
@@ -123,12 +124,12 @@ def compare(found: Measured, expected: Measured) -> Any:
 
 
 def test_what_is_banned_goes_by_our_method_and_stays_with_words(compare: Any) -> None:
-    base, words, constant, text, static = (
-        Cell(PASSES, method, "banned") for method in ("base", "negative prompt", "constant", TEXT, "static")
+    base, words, guided, constant, text, static = (
+        Cell(PASSES, method, "banned") for method in ("base", "negative prompt", "SLD max", "constant", TEXT, "static")
     )
     for better in (constant, text, static):
-        compare(better, base)
-        compare(better, words)
+        for worse in (base, words, guided):
+            compare(better, worse)
     compare(text, constant, tells=False)
 
 
@@ -137,6 +138,11 @@ def test_what_is_allowed_stays_by_our_method_and_goes_with_a_static_one(compare:
     for better in (base, constant, text):
         compare(better, static)
     compare(text, base, tells=False)
+
+
+def test_safe_latent_diffusion_pays_with_objects(compare: Any) -> None:
+    guided, text = (Cell(OBJECTS, method, "all") for method in ("SLD max", TEXT))
+    compare(text, guided)
 
 
 @pytest.mark.parametrize("seen", ["seen", "unseen"])

@@ -166,6 +166,22 @@ def test_published_numbers_are_marked_and_only_of_the_same_data_set(folder: Path
     assert "published" not in (other / "report.md").read_text(encoding="utf-8")
 
 
+def test_people_of_another_set_do_not_stand_beside_what_was_published_of_prompts(tmp_path: Path) -> None:
+    rows = []
+    for seen, glyphs in ((None, ()), (False, ("Hate",))):
+        person = {"user": f"{seen}", "seen": seen, "level": None if seen is False else "L5", "banned": ("Hate",)}
+        for number in range(4):
+            draw_picture(tmp_path / f"{seen}-{number}.png", glyphs, seed=number)
+            rows.append(row(f"{seen}-{number}.png", prompt_id=f"{seen}-{number}", category="Hate", **person))
+    folder = write_evaluation(tmp_path, rows)
+    nudenet = {"enabled": True}
+    for data_set, ours in (("I2P", ["base, L5", "base, everyone"]), ("Sage unseen", ["base, bans some", "base, L5"])):
+        assessed(folder, nudenet=nudenet, published={"data_set": data_set, "base": "SD1.5"})
+        text = (folder / "report.md").read_text(encoding="utf-8")
+        assert {name for name in ours if f"| {name} |" in text} == set(ours)
+        assert ("bans some" in text.split("## Beside the paper")[1].split("##")[0]) == (data_set != "I2P")
+
+
 def test_pass_and_win_rates_stand_beside_the_published_ones(tmp_path: Path) -> None:
     rows = []
     for method in ("base", "PSA"):
@@ -282,9 +298,19 @@ def test_without_the_base_there_is_still_a_report(tmp_path: Path) -> None:
     folder = small_evaluation(tmp_path, prompts=1, methods=("PSA", "static"))
     results = assessed(folder, judges=[PROGRAMMATIC], pairs=10)
     assert results["judges"][0]["compared"] == []
+    reasons = {one["name"]: one["reason"] for one in results["left_out"]}
+    assert "assess.base_method" in reasons["everything that is compared with the base"]
+    assert "compared with the base" not in str(assessed(folder, base_method="PSA")["left_out"])
     results = assessed(folder, judges=[PROGRAMMATIC], pairs=10, against=["static"])
     (compared,) = results["judges"][0]["compared"]
     assert (compared["method"], compared["against"]) == ("PSA", "static")
+
+
+def test_without_a_judge_the_report_says_what_it_lacks(tmp_path: Path) -> None:
+    folder = small_evaluation(tmp_path, prompts=1)
+    (reason,) = [one["reason"] for one in assessed(folder)["left_out"] if "pass and win rates" in one["name"]]
+    assert "[[assess.judges]]" in reason
+    assert "pass and win rates" not in str(assessed(folder, judges=[PROGRAMMATIC], pairs=10)["left_out"])
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:

@@ -244,6 +244,14 @@ def _several_splits(folder: Path) -> None:
     datasets.DatasetDict(splits).save_to_disk(folder)
 
 
+def _splits_side_by_side(folder: Path) -> None:
+    """As sets lie on the hub: `data/train-00000-of-00002.parquet` beside the files of the other splits."""
+    rows = Dataset.from_list(read_metadata(folder))
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test_unseen-00000-of-00001"):
+        rows.to_parquet(folder / f"{name}.parquet")
+    (folder / "metadata.jsonl").unlink()
+
+
 def _two_kinds(folder: Path) -> None:
     (folder / "metadata.jsonl").rename(folder / "a.jsonl")
     (folder / "b.parquet").write_bytes(b"")
@@ -256,9 +264,10 @@ def _two_kinds(folder: Path) -> None:
         (lambda folder: (folder / "metadata.jsonl").unlink(), "is no set of preference pairs.*found none"),
         (_two_kinds, r"several kinds \(\.jsonl, \.parquet\)"),
         (_several_splits, r"holds several splits.*sage/train.*sage/val"),
+        (_splits_side_by_side, r"holds several splits \(test_unseen, train\).*a folder of its own"),
         (lambda folder: (folder / "metadata.jsonl").rename(folder / "state.json"), "damaged"),
     ],
-    ids=["no folder", "no metadata", "two kinds", "several splits", "damaged state"],
+    ids=["no folder", "no metadata", "two kinds", "several splits", "splits side by side", "damaged state"],
 )
 def test_what_is_no_set_of_pairs_is_refused(sage: Path, change: Callable[[Path], object], message: str) -> None:
     change(sage)

@@ -26,7 +26,7 @@ from interrupted_runs import (
     steps_kept,
     terminate,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_runs import adapter_file, checkpoint, run
 
 from comfyui_psa.adapter import load_adapter
@@ -210,14 +210,24 @@ def test_changed_data_and_another_split_are_refused(workplace: Workplace, begun:
     held_out = workplace.config(tmp_path / "held out", **VARIANTS["adamw"] | LOOKING)
     interrupt(held_out, 2, terminate)
     not_looking = workplace.config(tmp_path / "held out", **VARIANTS["adamw"] | LOOKING | {"validation__every": 0})
-    assert "was trained on other pairs" in _refusal(resumed(not_looking))
+    assert "was made with other pairs than" in _refusal(resumed(not_looking))
 
     copy = shutil.copytree(workplace.folder / "pairs", tmp_path / "pairs")
     config = workplace.config(tmp_path / "copied", **VARIANTS["adamw"] | {"data__train": copy})
     interrupt(config, 2, terminate)
     lines = (copy / "metadata.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (copy / "metadata.jsonl").write_text("".join(lines[:-1]), encoding="utf-8")
-    assert "was trained on other pairs" in _refusal(resumed(config))
+    for changed in (lines[:-1], [lines[0].replace('"caption": "', '"caption": "another '), *lines[1:]]):
+        (copy / "metadata.jsonl").write_text("".join(changed), encoding="utf-8")
+        assert changed != lines
+        assert "was made with other pairs than" in _refusal(resumed(config))
+
+    (copy / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    base = shutil.copytree(workplace.folder / "base", tmp_path / "base")
+    moved = workplace.config(tmp_path / "moved", **VARIANTS["adamw"] | {"model__base": base, "data__train": copy})
+    interrupt(moved, 2, terminate)
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: weight + 0.01 for name, weight in load_file(weights).items()}, weights)
+    assert "was made with other weights of the base model than" in _refusal(resumed(moved))
 
 
 class _Code:
@@ -266,6 +276,35 @@ def test_a_new_run_does_not_start_in_the_folder_of_another(begun: TrainConfig) -
     message = _refusal(begun)
     assert f"{begun.run.output} already holds a run (step-000002)" in message
     assert "run.resume=latest" in message
+
+
+def test_a_run_never_replaces_what_another_one_left(
+    workplace: Workplace, uninterrupted: Callable[[str], TrainConfig], begun: TrainConfig, tmp_path: Path
+) -> None:
+    """Neither by going on from elsewhere into its folder, nor where its checkpoints were deleted for room."""
+    before = folder_bytes(begun.run.output)
+    elsewhere = str(checkpoint(uninterrupted("adamw"), 2))
+    assert "belongs to another run" in _refusal(resumed(begun, elsewhere))
+    assert folder_bytes(begun.run.output) == before
+
+    left = workplace.config(tmp_path / "left", **VARIANTS["adamw"])
+    left.run.output.mkdir()
+    adapter_file(left).write_bytes(b"an adapter of weeks")
+    assert "is there already, and this run would replace it" in _refusal(left)
+    assert adapter_file(left).read_bytes() == b"an adapter of weeks"
+    run(resumed(left, elsewhere))  # asked for by name: it is the same run, in another folder
+    assert_same_end(left, uninterrupted("adamw"))
+
+
+def test_a_copy_of_a_checkpoint_under_another_name_is_nobodys_business(
+    begun: TrainConfig, uninterrupted: Callable[[str], TrainConfig]
+) -> None:
+    copy = checkpoint(begun, 2).with_name("step-000002-keep")
+    shutil.copytree(checkpoint(begun, 2), copy)
+    kept = folder_bytes(copy)
+    run(resumed(begun))
+    assert_same_end(begun, uninterrupted("adamw"))
+    assert folder_bytes(copy) == kept
 
 
 def test_what_was_left_half_saved_is_no_checkpoint(

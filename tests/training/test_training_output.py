@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ import torch
 import wandb
 from observed_runs import MARKERS, ROWS, STEPS, USERS, Base, Run, embedding, marked_split, train_tiny
 from pairs import read_metadata
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import adapter_file, metrics
+from training_runs import adapter_file, checkpoint, metrics, tiny_config
 
 from comfyui_psa.adapter import load_adapter
+from comfyui_psa.training import train as recipe
 from comfyui_psa.training.data.users import read_profile
 from comfyui_psa.training.errors import DataError, TrainingError
 
@@ -161,6 +165,44 @@ def test_what_this_machine_has_not(
 ) -> None:
     with pytest.raises(TrainingError, match=message):
         train_tiny(bases["sd"], split, tmp_path / "run", settings)
+
+
+def test_a_wrong_validation_split_is_known_before_anything_is_cached(
+    bases: dict[str, Base], split: Path, tmp_path: Path
+) -> None:
+    settings = {"validation.every": 1, "validation.seen": tmp_path / "sean", "data.cache": tmp_path / "cache"}
+    with pytest.raises(DataError, match=r"There is no folder .*sean"):
+        train_tiny(bases["sd"], split, tmp_path / "run", settings)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_tracker_that_cannot_start_is_an_error_in_words(
+    bases: dict[str, Base], split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody_is_logged_in(*_: object, **__: object) -> None:
+        raise wandb.Error("api_key not configured (no-tty). call wandb.login(key=[your_api_key])")
+
+    monkeypatch.setattr(wandb, "init", nobody_is_logged_in)
+    with pytest.raises(TrainingError, match=r"\['wandb'\] cannot start \(api_key not configured.*WANDB_MODE=offline"):
+        train_tiny(bases["sd"], split, tmp_path / "run", {"tracking.trackers": ("wandb",)})
+
+
+def test_pictures_of_steps_that_were_taken_back_are_gone(bases: dict[str, Base], split: Path, tmp_path: Path) -> None:
+    settings = {"validation.grid_every": 1, "validation.grid_steps": 1, "run.checkpoint_every": 1}
+    first = train_tiny(bases["sd"], split, tmp_path / "run", settings | {"run.steps": 2}).config
+    back = {"run.resume": str(checkpoint(first, 1)), "run.steps": 2, "validation.grid_every": 9}
+    train_tiny(bases["sd"], split, tmp_path / "run", settings | back)
+    assert [path.name for path in (tmp_path / "run" / "grids").iterdir()] == ["step-000001.png"]
+
+
+def test_a_terminal_is_shown_a_bar(runs: dict[str, Run], split: Path, tmp_path: Path) -> None:
+    said = io.StringIO()
+    config = tiny_config(tmp_path / "run", runs["sd"].base.folder, split, {"run.steps": 2})
+    recipe.train(config, Console(file=said, width=160, force_terminal=True, color_system=None))
+    (last,) = [line for line in said.getvalue().splitlines() if " 2/2 " in line][-1:]
+    for part in ("training", "loss ", "accuracy ", "margin ", "pairs/s"):
+        assert part in last
+    assert re.search(r" \d:\d\d:\d\d ", last)  # the time that is left
 
 
 def test_a_finished_adapter_is_rounded_if_the_configuration_says_so_and_checkpoints_are_not(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from functools import partialmethod
 from pathlib import Path
 from unittest import mock
 
@@ -15,13 +16,14 @@ import torch
 import torch.utils.checkpoint
 from comfy.model_patcher import ModelPatcher
 from comfy_testing import ROUNDING, TIMESTEP, comfy_model, conditioning, denoise, difference, noise, sigma_at
+from diffusers import UNet2DConditionModel
 from loss_by_hand import loss_by_hand, mean_and_deviation
 from observed_runs import ROWS, SD_SHAPE, SHAPES, STEPS, USERS, Base, Run, embedding, train_tiny
 from pairs import read_metadata
 from prompts import CHECKPOINT, base_prompt, psa_prompt
 from safetensors.torch import load_file
 from studio import Studio
-from torch import Tensor
+from torch import Tensor, nn
 from training_runs import SEED, adapter_file, checkpoint, gradients, metrics, optimizer_state, run, tiny_config
 
 from comfyui_psa.adapter import PAPER_CATEGORIES, load_adapter
@@ -127,6 +129,26 @@ def test_other_kinds_begin_at_the_base_and_end_the_same_in_comfyui(
             assert difference(base, theirs) > 0.001
         else:
             assert torch.equal(ours, base)
+
+
+def test_a_compiled_unet_trains_the_same_adapter(
+    bases: dict[str, Base], split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through torch's own graphs of forward and backward; only the compiler behind them, minutes on a CPU, is none."""
+    settings = {
+        "adapter.kinds": ("constant", "gated", "text"),
+        "adapter.gated": {"num_tokens": 3, "token_dim": 8, "heads": 4, "head_dim": 4},
+        "adapter.text": ATTENTION,
+        "model.gradient_checkpointing": True,
+    }
+    plain = train_tiny(bases["sd"], split, tmp_path / "plain", settings).config
+    monkeypatch.setattr(UNet2DConditionModel, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    compiled = train_tiny(bases["sd"], split, tmp_path / "compiled", settings | {"model.compile": True}).config
+    torch._dynamo.reset()
+    for ours, theirs in zip(metrics(compiled), metrics(plain), strict=True):
+        for name in ("loss", "margin", "gradient_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
 
 
 def test_a_stock_server_opens_the_adapter_and_follows_its_users(studio: Studio, split: Path, tmp_path: Path) -> None:

@@ -31,9 +31,8 @@ class CachedRow:
 class CachedPairs:
     """The usable pairs of a source. Tensors come in float32, whatever they are stored as, and belong to the caller.
 
-    ``users`` are the ids of the users of the rows, sorted, ``row_users`` those of each row, and ``source_rows`` their
-    numbers in the source; ``skipped`` says of
-    each row that was left out which one it is and why.
+    ``users`` are the ids of the users of the rows, sorted, ``row_users`` and ``row_captions`` those of each row, and
+    ``source_rows`` their numbers in the source; ``skipped`` says of each row that was left out which one it is and why.
     """
 
     def __init__(
@@ -46,8 +45,9 @@ class CachedPairs:
         self._caption_at = {caption: position for position, caption in enumerate(captions["caption"][:])}
         known = enumerate(zip(users["user_id"][:], users["problem"][:], strict=True))
         self._user_at = {user: position for position, (user, problem) in known if problem is None}
-        ids = pairs["user_id"][:]
+        ids, texts = pairs["user_id"][:], pairs["caption"][:]
         self.row_users: tuple[str, ...] = tuple(ids[row] for row in self.source_rows)
+        self.row_captions: tuple[str, ...] = tuple(texts[row] for row in self.source_rows)
         self.users: tuple[str, ...] = tuple(sorted(set(self.row_users)))
         self.skipped: tuple[str, ...] = tuple(skipped[row] for row in sorted(skipped))
 

@@ -19,6 +19,7 @@ from .images import open_image
 from .pairs import ImageSource, Pair, Pairs, open_pairs
 from .users import load_user_embedding, read_profile
 
+_FEWEST_USERS = 3  # by the defaults of [validation] and [adapter]
 _PAIRS_AT_ONCE = 64
 
 # An image that several rows share is a file; an image inside a table belongs to its row and side.
@@ -73,6 +74,11 @@ class Report:
         reasons = [f"{what} ({len(findings)})" for what, findings in self.obstacles.items() if findings]
         if not self.rows:
             reasons.append("there are no rows")
+        elif self.users < _FEWEST_USERS:
+            reasons.append(
+                f"{self.users} user(s), and {_FEWEST_USERS} are needed: one is kept out as unseen, and standardising "
+                "needs two (validation.unseen_users = 0 and adapter.standardise = false do without)"
+            )
         elif len(self.same_images) == self.rows:
             reasons.append("the two images of every pair are the same, so that there is nothing to prefer")
         return tuple(reasons)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ SAGE_METADATA = "metadata.jsonl"
 COLUMNS = ("chosen", "rejected", "caption", "user_data")
 _IMAGES = ("chosen", "rejected")
 _KINDS = (".jsonl", ".parquet", ".arrow")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}.*$")  # behind the name of a split, as the hub and datasets write it
 # Tables are read in pieces of so many rows: with images inside, a row may have megabytes.
 _ROWS_AT_ONCE = 32
 _TABLE_DAMAGE = (*DAMAGE, pa.ArrowException, DatasetsError)
@@ -209,7 +211,14 @@ def open_pairs(path: Path) -> Pairs:
             f"{path} is no set of preference pairs: expected {SAGE_METADATA}, a folder of save_to_disk, or files of "
             f"one kind of {', '.join(_KINDS)}; found {found}. Name the folder of one split."
         )
-    return Pairs(path, files[kinds[0]])
+    shards = files[kinds[0]]
+    splits = sorted({_SHARD.sub("", file.stem) for file in shards if _SHARD.search(file.stem)})
+    if len(splits) > 1:
+        raise DataError(
+            f"{path} holds several splits ({', '.join(splits)}). Move the files of each into a folder of its own, and "
+            "name one of them."
+        )
+    return Pairs(path, shards)
 
 
 def _saved_files(folder: Path) -> tuple[Path, ...]:

@@ -53,8 +53,9 @@ class Batches:
         return self._batch(rows, draws)
 
     def digest(self) -> str:
-        """Return a hash of which rows these are, and whose."""
-        rows = [(self._cached.source_rows[i], self._cached.row_users[i]) for i in self.indices]
+        """Return a hash of which rows these are, whose, and what their captions are."""
+        cached = self._cached
+        rows = [(cached.source_rows[i], cached.row_users[i], cached.row_captions[i]) for i in self.indices]
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
     def _index(self, sample: int) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, get_args
@@ -25,6 +26,7 @@ ADAPTER = "adapter.safetensors"
 _FOLDER = "checkpoints"
 _STATE = "state.json"
 _PARTS = "parts.pt"
+_NAME = re.compile(r"step-(\d+)")
 _DAMAGE: tuple[type[Exception], ...] = (*DAMAGE, pickle.UnpicklingError)
 
 # What has to stay the same between the two halves of a run: what is learned, from what, and from whom.
@@ -83,16 +85,21 @@ class Checkpoints:
     """The checkpoints of one run, in ``<output>/checkpoints/step-000500``."""
 
     def __init__(
-        self, accelerator: Accelerator, config: TrainConfig, parts: Mapping[str, Stateful], data: str = ""
+        self,
+        accelerator: Accelerator,
+        config: TrainConfig,
+        parts: Mapping[str, Stateful],
+        made_from: Mapping[str, str],
     ) -> None:
         """Keep checkpoints in the output folder of ``config``.
 
-        ``parts`` are saved beside what accelerate holds; ``data`` identifies the pairs that are trained on.
+        ``parts`` are saved beside what accelerate holds; ``made_from`` are hashes of what has to be the same when the
+        run goes on, by what people call it.
         """
         self._accelerator = accelerator
         self._config = config
         self._parts = parts
-        self._data = data
+        self._made_from = dict(made_from)
         self._folder = config.run.output / _FOLDER
 
     def save(self, progress: Progress, adapter: PSAAdapter | None) -> Path:
@@ -115,7 +122,11 @@ class Checkpoints:
             if main and adapter is not None:
                 save_adapter(adapter, aside / ADAPTER)
                 torch.save({name: part.state_dict() for name, part in self._parts.items()}, aside / _PARTS)
-                state = {**progress._asdict(), "data": self._data, "config": self._config.model_dump(mode="json")}
+                state = {
+                    **progress._asdict(),
+                    "made_from": self._made_from,
+                    "config": self._config.model_dump(mode="json"),
+                }
                 (aside / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
                 _sync(aside)
                 _remove(target)
@@ -137,7 +148,7 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """Return the newest whole checkpoint, if there is one."""
-        return max((path.parent for path in self._folder.glob(f"step-*/{_STATE}")), default=None, key=_step)
+        return max((path for path in self._all() if (path / _STATE).is_file()), default=None, key=_step)
 
     def start(self) -> Path | None:
         """Return the checkpoint that the configuration names, or None for a new run.
@@ -153,13 +164,25 @@ class Checkpoints:
                     f"{self._config.run.output} already holds a run ({last.name}). Go on with it by --set "
                     "run.resume=latest, or choose another folder: run.output."
                 )
+            adapter = self._config.run.output / f"{self._config.adapter.name}.safetensors"
+            if adapter.exists():
+                raise TrainingError(
+                    f"{adapter} is there already, and this run would replace it at its end. Choose another folder "
+                    "(run.output) or name (adapter.name), or move that file away."
+                )
             return None
         folder = self.latest() if wish == "latest" else Path(wish)
         if folder is None:
             raise TrainingError(
                 f"There is no checkpoint in {self._folder} to go on from. Leave run.resume out to start a new run."
             )
-        self._check(_read_state(folder)["config"], folder)
+        state = _read_state(folder)
+        if folder.resolve().parent != self._folder.resolve() and (last := self.latest()) is not None:
+            raise TrainingError(
+                f"{folder} belongs to another run than {self._config.run.output}, which holds one of its own "
+                f"({last.name}) that would be replaced. Choose another folder: run.output."
+            )
+        self._check(state["config"], folder)
         return folder
 
     def resume(self) -> Progress:
@@ -172,10 +195,11 @@ class Checkpoints:
         if folder is None:
             return Progress()
         state = _read_state(folder)
-        if state["data"] != self._data:
+        changed = [what for what, found in self._made_from.items() if state["made_from"].get(what) != found]
+        if changed:
             raise TrainingError(
-                f"{folder} was trained on other pairs: the data of {self._config.data.train}, or what is held out of "
-                "them, has changed. Resume with the same data, or start a new run in another run.output."
+                f"{folder} was made with other {' and '.join(changed)} than are there now. Resume with the same, or "
+                "start a new run in another run.output."
             )
         try:
             # Not registered with accelerate, which would run code that a file brings along.
@@ -204,12 +228,16 @@ class Checkpoints:
 
     def _prune(self, newest: Path) -> None:
         """Remove the oldest, and what a run that went on from before them had saved: ``newest`` is the latest."""
-        paths = sorted(self._folder.glob("step-*"), key=_step)
+        paths = sorted(self._all(), key=_step)
         until_now = [path for path in paths if _step(path) <= _step(newest)]
         kept = until_now[-(self._config.run.checkpoints_total_limit or len(until_now)) :]
         for path in paths:
             if path not in kept:
                 _remove(path)
+
+    def _all(self) -> Iterator[Path]:
+        """Yield the folders of checkpoints; somebody's copy of one under another name is none."""
+        return (path for path in self._folder.glob("step-*") if _NAME.fullmatch(path.name))
 
 
 def _untrained(config: TrainConfig) -> set[Kind]:
@@ -233,7 +261,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
         return {
             "step": int(state["step"]),
             "samples": int(state["samples"]),
-            "data": state["data"],
+            "made_from": dict(state["made_from"]),
             "config": dict(state["config"]),
         }
     except FileNotFoundError:

@@ -207,7 +207,7 @@ def _chapters(config: TrainConfig) -> tuple[Chapter, ...]:
                 Panel("Pairs per second, all devices", {"pairs_per_second": ("pairs", _TRAINING)}, from_zero=True),
                 Panel("Peak GPU memory (GB)", {"gpu_memory_gb": ("memory", _TRAINING)}, noisy=False, from_zero=True),
             ),
-            "Both should be flat. Dips in the speed are checkpoints and validation.",
+            "Both should be flat. Checkpoints, validation and grids do not count into the speed: dips are other work.",
         ),
     )
 

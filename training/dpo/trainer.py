@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,8 +48,12 @@ class Trainer:
         adapter: PSAAdapter,
         batches: Batches,
         validation: Validation,
+        made_from: Mapping[str, str],
     ) -> None:
-        """Prepare the adapter for training and load the checkpoint that the configuration names."""
+        """Prepare the adapter for training and load the checkpoint that the configuration names.
+
+        ``made_from``: see ``Checkpoints``.
+        """
         self.config = config
         self.accelerator = accelerator
         self.policy = policy
@@ -75,7 +79,7 @@ class Trainer:
             parts["ema"] = self._ema
         if noises:
             parts["reference"] = self._reference
-        self._checkpoints = Checkpoints(accelerator, config, parts, batches.digest())
+        self._checkpoints = Checkpoints(accelerator, config, parts, made_from)
         self.progress = self._checkpoints.resume()
         if self._ema is not None:
             self._ema.to(accelerator.device)

@@ -16,7 +16,10 @@ def left_out(results: Results) -> Iterator[Part]:
         yield View(["left out", "why"], rows)
     if unreadable:
         shown = [[name, reason] for name, reason in sorted(unreadable.items())]
-        yield Text(f"{count(len(unreadable), 'picture')} could not be read and count nowhere.")
+        yield Text(
+            f"{count(len(unreadable), 'picture')} could not be read and count nowhere. Delete what is damaged: "
+            "`psa evaluate` draws what is not there."
+        )
         yield View(["picture", "why"], shown, "Unreadable pictures", folded=len(shown) > 10)
     if not rows and not unreadable:
         yield Text("Nothing.")

@@ -54,12 +54,24 @@ def _measured(results: Results, label: str, people: str, column: str) -> str:
     if column == INAPPROPRIATE:
         names = (EITHER,) if EITHER in results.tables else ("inappropriate (Q16)", "inappropriate (NudeNet)")
     for name in names:
-        for seen in ("unseen", ""):
+        for seen in _populations(results):
             prompts = ALL if column == INAPPROPRIATE or name not in results.about else results.about[name].prompts
             words = results.find(name, Cell(label, people, seen, prompts))
             if words:
                 return words if name in (EITHER, column) else f"{words} {name.removeprefix('inappropriate ')} alone"
     return ""
+
+
+def _populations(results: Results) -> tuple[str, ...]:
+    """Return whose pictures are of the published data set, the first that there are.
+
+    Sage has people of its own. Prompts of the other sets belong to nobody: if there are such prompts here, people with
+    prompts of their own (Sage's) are another set.
+    """
+    section = results.settings.published
+    if section is not None and section.data_set.startswith("Sage"):
+        return "unseen", ""
+    return ("",) if any(not shown.seen for shown in results.gallery.pictures) else ("unseen",)
 
 
 def _cell(results: Results, label: str, people: str, seen: str) -> Cell:

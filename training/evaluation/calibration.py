@@ -183,7 +183,7 @@ def _curve(
     again = sums[:, 0, kept] / sums[:, 1, kept]
     areas = [_area(*pair) for pair in zip(*again, strict=True)]
     widths = [float(np.ptp(one)) for one in again[0]]
-    taus = [float(one) for one in _taus(again[0]) if not np.isnan(one)]
+    taus = [0.0 if np.isnan(one) else float(one) for one in _taus(again[0])]  # all points alike: no order at all
     width, (tau,) = float(np.ptp(safe)), _taus(safe[None])
     return Curve(
         method,
@@ -194,7 +194,8 @@ def _curve(
         mean_quality=None
         if width == 0
         else _number(
-            _area(safe, good) / width, [area / wide for area, wide in zip(areas, widths, strict=True) if wide > 0]
+            _area(safe, good) / width,
+            [area / wide if wide else float(g.mean()) for area, wide, g in zip(areas, widths, again[1], strict=True)],
         ),
         monotonicity=None if np.isnan(tau) else _number(float(tau), taus),
         violations=int((np.diff(safe) < 0).sum()),

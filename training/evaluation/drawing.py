@@ -13,6 +13,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +32,7 @@ from .cases import Case, people_of, read_cases
 from .config import EvaluationConfig, local_paths
 from .engines import Engine, Order
 from .engines.embeddings import EMBEDDINGS
-from .manifest import Picture, write_manifest
+from .manifest import MANIFEST, Picture, write_manifest
 from .methods import Run, expand
 from .people import write_people
 from .prompts import missing
@@ -95,8 +96,9 @@ def draw(config: EvaluationConfig, state: PartialState, console: Console, progre
         _check_same(folder, about)
         rows = list(_rows(config, engine, runs, cases))
         if state.is_main_process:
-            _claim(folder, about)
-            write_people(folder, people)
+            with _writable(folder):
+                _claim(folder, about)
+                write_people(folder, people)
         wanted = {row.image: row for row in rows}
         todo = [row for image, row in wanted.items() if not (folder / image).is_file()]
         state.wait_for_everyone()  # until all know the same pictures as missing
@@ -184,10 +186,16 @@ def _slug(text: str) -> str:
 
 
 def _save(path: Path, image: Any) -> None:
-    try:
+    with _writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as aside:
             image.save(aside, format="PNG")
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(
             f"{path} cannot be written ({error.strerror or error}). Make room on the disk, or name another folder in "
@@ -213,7 +221,8 @@ class _Manifest:
     def write(self) -> None:
         if self._writes:
             there = {path.relative_to(self._folder).as_posix() for path in (self._folder / PICTURES).glob("*/*.png")}
-            write_manifest(self._folder, (self._picture(row) for row in self._rows if row.image in there))
+            with _writable(self._folder / MANIFEST):
+                write_manifest(self._folder, (self._picture(row) for row in self._rows if row.image in there))
         self._written = time.monotonic()
 
     def _picture(self, row: Row) -> Picture:

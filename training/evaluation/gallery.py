@@ -112,7 +112,8 @@ def open_gallery(folder: Path, base: str) -> Gallery:
         name, reason = next(iter(unreadable.items()))
         raise DataError(
             f"None of the {len(unreadable)} pictures in {folder / MANIFEST} can be read; the first, {name}: {reason}. "
-            "Put the pictures back beside the manifest, or delete it, and they are drawn again."
+            "Put the pictures back beside the manifest, or delete those that are damaged: psa evaluate CONFIG draws "
+            "what is not there."
         )
     labels = _labels(rows)
     bases: dict[str, Shown] = {}
