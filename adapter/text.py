@@ -16,7 +16,7 @@ Nothing here knows of attention layers or of a UNet: any model that reads text c
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -172,6 +172,10 @@ class UserText(NamedTuple):
         """Where it is computed."""
         return self.on_tokens.norm.device
 
+    def to(self, device: torch.device) -> UserText:
+        """Return the same, computed on another device; itself if it is there."""
+        return self if self.device == device else _moved(self, device)
+
     @property
     def text_dim(self) -> int:
         """The width of the text that is changed."""
@@ -200,6 +204,13 @@ class UserText(NamedTuple):
         if self.on_pooled is None:
             return pooled
         return _changed(self.on_pooled, pooled[:, None], strength)[:, 0]
+
+
+def _moved(parts: Any, device: torch.device) -> Any:
+    """Return tensors, in named tuples of named tuples, on another device."""
+    if isinstance(parts, Tensor):
+        return parts.to(device)
+    return parts if parts is None else type(parts)(*(_moved(part, device) for part in parts))
 
 
 def _changed(residual: TextResidual, text: Tensor, strength: float) -> Tensor:

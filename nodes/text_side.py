@@ -42,6 +42,7 @@ class TextSide:
         self._strength = strength
         self._lock = threading.Lock()
         self._known: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
+        self._near: dict[torch.device, UserText] = {}
 
     def conditionings(
         self,
@@ -125,7 +126,16 @@ class TextSide:
 
     def put_in(self, context: Tensor, which: Roles, factor: float) -> Tensor:
         """Return the text of a batch inside a layer, ``[batch, tokens, dim]``, with these of its chunks changed."""
-        return _mapped(context, which, (), lambda part: self._tokens(part, factor))
+        if context.device not in self._near:  # in every layer of every step: not from device to device each time
+            self._near = {**self._near, context.device: self._text.to(context.device)}
+        near = self._near[context.device]
+
+        def change(part: Tensor) -> Tensor:
+            self._check_width(part)
+            return near.tokens(part, factor * self._strength)
+
+        with torch.no_grad():
+            return _mapped(context, which, (), change)
 
     def _fits(self, text: Tensor) -> bool:
         return text.shape[-1] == self._text.text_dim
@@ -141,12 +151,15 @@ class TextSide:
                 self._known[key] = tensor, change(tensor, factor)
             return self._known[key][1]
 
-    def _tokens(self, text: Tensor, factor: float) -> Tensor:
+    def _check_width(self, text: Tensor) -> None:
         if not self._fits(text):
             raise AdapterError(
                 f"The prompt is text of width {text.shape[-1]}, and this adapter changes text of width "
                 f"{self._text.text_dim}. Connect the text encoder (CLIP) of the adapter's family."
             )
+
+    def _tokens(self, text: Tensor, factor: float) -> Tensor:
+        self._check_width(text)
         return self._at_home(self._text.tokens, text, factor)
 
     def _pooled(self, y: Tensor, factor: float) -> Tensor:

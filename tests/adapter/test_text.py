@@ -52,6 +52,24 @@ def test_other_numbers_of_prompts_and_users_are_refused() -> None:
         users(3).tokens(drawn(2, 5, WIDTH))
 
 
+@pytest.mark.parametrize("spec", [TEXT, MLP], ids=["attention", "mlp"])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_another_device_gets_all_of_it(spec: TextSpec, pooled: bool) -> None:
+    elsewhere = torch.device("meta")
+    ours = users(2, spec, pooled)
+    assert ours.to(ours.device) is ours
+    there = ours.to(elsewhere)
+    assert type(there.on_tokens) is type(ours.on_tokens)
+    assert (there.device, there.users, there.text_dim, there.pooled_dim) == (
+        elsewhere,
+        2,
+        WIDTH,
+        POOLED if pooled else None,
+    )
+    assert there.tokens(drawn(2, 5, WIDTH).to(elsewhere)).shape == (2, 5, WIDTH)  # an operand elsewhere is an error
+    assert there.pooled(drawn(2, POOLED).to(elsewhere)).shape == (2, POOLED)
+
+
 def test_a_token_does_not_depend_on_its_neighbours() -> None:
     text, ours = drawn(1, 5, WIDTH), users(1)
     assert torch.allclose(ours.tokens(text)[:, 2:3], ours.tokens(text[:, 2:3]), atol=1e-6)

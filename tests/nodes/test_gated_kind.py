@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import comfy.hooks
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -85,6 +86,63 @@ def test_it_composes_in_any_order(model: ModelPatcher, adapter: PSAAdapter, path
     assert difference(before, after) < ROUNDING
     assert difference(before, run(neighbour(model))) > 0.01
     assert difference(before, run(apply_psa(model, adapter, users(0)))) > 0.01
+
+
+def lora(weights: dict[str, Tensor], paths: list[str]) -> dict[str, Tensor]:
+    """What a LoRA adds to every output projection, which gates are folded with."""
+    generator = torch.Generator().manual_seed(3)
+    names = [f"{path}.to_out.0.weight" for path in paths]
+    return {name: 0.1 * torch.randn(weights[name].shape, generator=generator) for name in names}
+
+
+@pytest.mark.parametrize("first", ["psa", "lora"])
+def test_gates_are_folded_with_the_weights_that_the_model_has_then(
+    model: ModelPatcher, weights: dict[str, Tensor], adapter: PSAAdapter, paths: list[str], first: str
+) -> None:
+    changes = lora(weights, paths)
+
+    def with_lora(patcher: ModelPatcher) -> ModelPatcher:
+        patched = patcher.clone()
+        patched.add_patches({f"diffusion_model.{name}": ("diff", (change,)) for name, change in changes.items()})
+        return patched
+
+    if first == "psa":
+        patched = with_lora(apply_psa(model, adapter, users(0)))
+    else:
+        patched = apply_psa(with_lora(model), adapter, users(0))
+    merged = comfy_model(weights | {name: weights[name] + change for name, change in changes.items()})
+    assert difference(run(patched), run(apply_psa(merged, adapter, users(0)))) < ROUNDING
+    assert difference(run(patched), run(with_lora(model))) > 0.01
+
+
+def test_a_lora_on_one_conditioning_changes_its_gates_alone(
+    model: ModelPatcher, weights: dict[str, Tensor], adapter: PSAAdapter, paths: list[str]
+) -> None:
+    changes = lora(weights, paths)
+    keyed = {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}.diff": c for name, c in changes.items()}
+    hooked = comfy.hooks.set_hooks_for_conditioning(POSITIVE, comfy.hooks.create_hook_lora(keyed, 1.0, 1.0))
+    merged = comfy_model(weights | {name: weights[name] + change for name, change in changes.items()})
+    conditional = run(apply_psa(merged, adapter, users(0)), cfg=1.0)
+    unconditional = run(model, cfg=0.0)
+    ours = denoise(apply_psa(model, adapter, users(0)), hooked, NEGATIVE, LATENT, CFG)
+    assert difference(ours, unconditional + CFG * (conditional - unconditional)) < ROUNDING
+    assert difference(ours, run(apply_psa(model, adapter, users(0)))) > 0.01
+
+
+def test_weights_in_fp8(weights: dict[str, Tensor], adapter: PSAAdapter) -> None:
+    low = {name: weight.to(torch.float8_e4m3fn) for name, weight in weights.items()}
+    ours = run(apply_psa(comfy_model(low, torch.float8_e4m3fn, torch.float32), adapter, users(0)))
+    rounded = comfy_model({name: weight.float() for name, weight in low.items()})
+    assert difference(ours, run(apply_psa(rounded, adapter, users(0)))) < ROUNDING
+    assert difference(ours, run(rounded)) > 0.01
+
+
+def test_two_positive_prompts_are_each_the_users(model: ModelPatcher, adapter: PSAAdapter) -> None:
+    other = conditioning(TINY, 5)
+    patched = apply_psa(model, adapter, users(0))
+    ours = denoise(patched, [*POSITIVE, *other], NEGATIVE, LATENT, 1.0)
+    alone = [denoise(patched, prompt, NEGATIVE, LATENT, 1.0) for prompt in (POSITIVE, other)]
+    assert difference(ours, (alone[0] + alone[1]) / 2) < ROUNDING
 
 
 def test_all_kinds_together_add_up_with_a_neighbour_kind(model: ModelPatcher, adapter: PSAAdapter) -> None:
