@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from ...errors import TrainingError
 from .judge import Judge, Question
 
 ANSWERS = "answers.jsonl"
@@ -40,23 +41,32 @@ class Answers:
 
         Raises:
             JudgeStopped: the judge cannot go on. What it answered before is kept.
+            TrainingError: the file cannot be written. What is in it is kept.
         """
         keys = [self._key(judge, question) for question in questions]
         new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._known}
         task = progress.add_task(f"Judging ({judge.name})", total=len(set(keys)), state="")
         progress.update(task, advance=len(set(keys)) - len(new))
         if new:
-            with self._path.open("a", encoding="utf-8") as file:
-                # Behind a line that was cut off.
-                file.write("\n" if self._path.stat().st_size else "")
-                for (key, question), answer in zip(new.items(), judge.answer(list(new.values())), strict=True):
-                    images = [path.relative_to(self._folder).as_posix() for path in question.images]
-                    row = {"key": key, "judge": judge.name, "images": images, "answer": answer}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    file.flush()
-                    self._known[key] = answer
-                    progress.update(task, advance=1)
+            if self._path.is_file() and self._path.stat().st_size:
+                self._write("\n")  # behind a line that was cut off
+            for (key, question), answer in zip(new.items(), judge.answer(list(new.values())), strict=True):
+                images = [path.relative_to(self._folder).as_posix() for path in question.images]
+                row = {"key": key, "judge": judge.name, "images": images, "answer": answer}
+                self._write(json.dumps(row, ensure_ascii=False) + "\n")
+                self._known[key] = answer
+                progress.update(task, advance=1)
         return [self._known[key] for key in keys]
+
+    def _write(self, text: str) -> None:
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise TrainingError(
+                f"{self._path} cannot be written ({error.strerror or error}). Make room there; what was answered "
+                "before is kept and not asked again: psa evaluate CONFIG --only-assess."
+            ) from None
 
     def digest(self, path: Path) -> str:
         """Return a hash of a picture file, which is read once."""
