@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import comfy.samplers
@@ -12,9 +12,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from torch import Tensor
 
+from ..adapter import AdapterError
 from .patch import UserPatch, without
 
 END_OF_PROMPT = "(end of prompt)"
+WHOLE_PROMPT = "(the prompt as a whole)"
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _LEVELS = (0.2, 0.5, 0.8)  # of the sampling run
 _HEAT = (0.94, 0.45, 0.05)
@@ -31,20 +33,31 @@ def changes_of_words(clip: CLIP, text: str, patches: Sequence[UserPatch]) -> lis
     """Return for each person the words of a prompt; one list for all if nobody acts on text.
 
     Text tokens change one by one, each by ``|c' - c| / |c|``; a word counts as its most changed token. Where the prompt
-    is over, padding still carries it as a whole: that is the last entry.
+    is over, padding still carries it: that is the entry behind the words. Where an adapter changes the pooled text as
+    well (SDXL), how much is the last one.
+
+    Raises:
+        AdapterError: the text encoder is not of the adapter's family.
     """
     tokens = clip.tokenize(text)
-    before: Tensor = clip.encode_from_tokens(tokens)
-    after = before.float()
-    for patch in patches:
-        if patch.text is not None:
-            with torch.no_grad():
-                strength = patch.strength * patch.curve.peak
-                after = patch.text.tokens(after.to(patch.text.device), strength).to(after.device)
-    changes = (after - before.float()).norm(dim=-1) / before.float().norm(dim=-1)
+    before: Tensor
+    pooled: Tensor | None
+    before, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
+    after, after_pooled = before.float(), None if pooled is None else pooled.float()
+    whole = False
+    for user, strength in ((p.text, p.strength * p.curve.peak) for p in patches if p.text is not None):
+        _check_width(before, user.text_dim)
+        after = _changed(user.tokens, after, strength, user.device)
+        if user.pooled_dim is not None:
+            _check_width(pooled, user.pooled_dim)
+            after_pooled, whole = _changed(user.pooled, after_pooled, strength, user.device), True
     chunks = tokens.get("l") or next(iter(tokens.values()))
     pieces = [piece for chunk in chunks for piece in _pieces(clip, chunk)]
-    return [list(_words(pieces, row.tolist())) for row in changes]
+    people = [list(_words(pieces, row.tolist())) for row in _change(before, after)]
+    if whole:
+        for words, change in zip(people, _change(pooled, after_pooled).tolist(), strict=True):
+            words.append(Word(WHOLE_PROMPT, change))
+    return people
 
 
 def in_words(people: Sequence[Sequence[Word]]) -> str:
@@ -81,6 +94,25 @@ def overlay(images: Tensor, changes: Tensor) -> Tensor:
     grey = images.mean(dim=-1, keepdim=True) * 0.6
     lit = images * heat + grey * (1 - heat)
     return (lit * (1 - 0.5 * heat) + torch.tensor(_HEAT) * 0.5 * heat).clamp(0, 1)
+
+
+def _check_width(text: Tensor | None, width: int) -> None:
+    if text is None or text.shape[-1] != width:
+        found = "no pooled text" if text is None else f"text of width {text.shape[-1]}"
+        raise AdapterError(
+            f"The text encoder (CLIP) gives {found}, and the adapter changes text of width {width}. Connect the one of "
+            "the adapter's family."
+        )
+
+
+@torch.no_grad()
+def _changed(change: Callable[[Tensor, float], Tensor], text: Any, strength: float, device: torch.device) -> Tensor:
+    return change(text.to(device), strength).to(text.device)
+
+
+def _change(before: Any, after: Any) -> Tensor:
+    """Return by how much of itself each vector of a text is changed."""
+    return (after - before.float()).norm(dim=-1) / before.float().norm(dim=-1)
 
 
 def _pieces(clip: CLIP, chunk: Sequence[tuple[Any, ...]]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,13 +18,20 @@ from torch import Tensor
 from comfyui_psa.adapter import AdapterError, PSAAdapter, compile_profile, find_sites
 from comfyui_psa.nodes import typefaces
 from comfyui_psa.nodes.apply import apply_psa
-from comfyui_psa.nodes.explanation import END_OF_PROMPT, Word, changes_in_picture, changes_of_words, in_words
+from comfyui_psa.nodes.explanation import (
+    END_OF_PROMPT,
+    WHOLE_PROMPT,
+    Word,
+    changes_in_picture,
+    changes_of_words,
+    in_words,
+)
 from comfyui_psa.nodes.patch import patches_of, without
 from comfyui_psa.nodes.word_sheet import draw_words
 from comfyui_psa.training.lettering import font
 
 PROMPT = "a house in a (meadow:1.2) with a ring"
-WIDTH = 128
+WIDTH, POOLED = 128, 6
 LATENT = noise(2, 16, 12, 12)
 
 
@@ -91,6 +99,38 @@ def test_two_in_a_row_are_explained_together(loaded: Any, adapter: PSAAdapter) -
     text = clip.encode_from_tokens(clip.tokenize(PROMPT))
     after = changed_text(adapter, users(1).vectors[0], changed_text(adapter, users(0).vectors[0], text))
     assert words[1].change == pytest.approx(float((after - text)[0, 2].norm() / text[0, 2].norm()), rel=1e-4)
+
+
+def test_a_summary_of_the_prompt_is_explained_where_the_adapter_changes_it(loaded: Any) -> None:
+    model, clip, _ = loaded
+    pooled = clip.encode_from_tokens(clip.tokenize(PROMPT), return_pooled=True)[1]
+    own = kinds_adapter((), WIDTH, text=TEXT.model_copy(update={"pooled_dim": pooled.shape[-1]}))
+    people = changes_of_words(clip, PROMPT, patches_of(apply_psa(model, own, users(0, 1), 0.5)))
+    for number, words in enumerate(people):
+        after = changed_text(own, users(number).vectors[0], pooled, "pooled")
+        assert words[-2].text == END_OF_PROMPT
+        expected = 0.5 * float((after - pooled).norm() / pooled.norm())
+        assert words[-1] == (WHOLE_PROMPT, pytest.approx(expected, rel=1e-4))
+    assert WHOLE_PROMPT in in_words(people)
+
+
+@pytest.mark.parametrize(
+    ("text", "pooled", "found"),
+    [
+        (WIDTH + 1, POOLED, r"text of width 129, .* width 128"),
+        (WIDTH, POOLED + 1, r"text of width 7, .* width 6"),
+        (WIDTH, None, r"no pooled text, .* width 6"),
+    ],
+)
+def test_the_text_encoder_of_another_family_is_an_error_in_words(
+    loaded: Any, text: int, pooled: int | None, found: str
+) -> None:
+    model, clip, _ = loaded
+    given = torch.ones(1, 32, text), None if pooled is None else torch.ones(1, pooled)
+    other = SimpleNamespace(tokenize=clip.tokenize, encode_from_tokens=lambda *_, **__: given)
+    adapter = kinds_adapter((), WIDTH, text=TEXT.model_copy(update={"pooled_dim": POOLED}))
+    with pytest.raises(AdapterError, match=rf"gives {found}\. Connect the one of the adapter's family"):
+        changes_of_words(other, PROMPT, patches_of(apply_psa(model, adapter, users(0))))
 
 
 def test_the_node_draws_a_sheet_for_each_person_and_says_it_in_words(
