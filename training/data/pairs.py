@@ -212,10 +212,10 @@ def open_pairs(path: Path) -> Pairs:
             f"one kind of {', '.join(_KINDS)}; found {found}. Name the folder of one split."
         )
     shards = files[kinds[0]]
-    splits = sorted({_SHARD.sub("", file.stem) for file in shards if _SHARD.search(file.stem)})
-    if len(splits) > 1:
+    prefixes = sorted({_SHARD.sub("", file.stem) for file in shards if _SHARD.search(file.stem)})
+    if len(prefixes) > 1:
         raise DataError(
-            f"{path} holds several splits ({', '.join(splits)}). Move the files of each into a folder of its own, and "
+            f"{path} holds several splits ({', '.join(prefixes)}). Move the files of each into a folder of its own, and "
             "name one of them."
         )
     return Pairs(path, shards)
