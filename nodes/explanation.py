@@ -55,8 +55,9 @@ def changes_of_words(clip: CLIP, text: str, patches: Sequence[UserPatch]) -> lis
     pieces = [piece for chunk in chunks for piece in _pieces(clip, chunk)]
     people = [list(_words(pieces, row.tolist())) for row in _change(before, after)]
     if whole:
-        for words, change in zip(people, _change(pooled, after_pooled).tolist(), strict=True):
-            words.append(Word(WHOLE_PROMPT, change))
+        changes = _change(pooled, after_pooled).tolist()
+        for number, words in enumerate(people):
+            words.append(Word(WHOLE_PROMPT, changes[number % len(changes)]))
     return people
 
 

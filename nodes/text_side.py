@@ -42,7 +42,7 @@ class TextSide:
         self._strength = strength
         self._lock = threading.Lock()
         self._known: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
-        self._near: dict[torch.device, UserText] = {}
+        self._near = text  # on the model's device, for what is changed in every layer of every step
 
     def conditionings(
         self,
@@ -116,6 +116,7 @@ class TextSide:
         """
         if text is None:
             raise _no_text()
+        self._near = self._near.to(text.device)
         known = [part.tensor for part in changed if self._key in part.by]
         text = _mapped(text, of_user, known, lambda part: self._tokens(part, factor))
         if self._text.pooled_dim:
@@ -126,16 +127,7 @@ class TextSide:
 
     def put_in(self, context: Tensor, which: Roles, factor: float) -> Tensor:
         """Return the text of a batch inside a layer, ``[batch, tokens, dim]``, with these of its chunks changed."""
-        if context.device not in self._near:  # in every layer of every step: not from device to device each time
-            self._near = {**self._near, context.device: self._text.to(context.device)}
-        near = self._near[context.device]
-
-        def change(part: Tensor) -> Tensor:
-            self._check_width(part)
-            return near.tokens(part, factor * self._strength)
-
-        with torch.no_grad():
-            return _mapped(context, which, (), change)
+        return _mapped(context, which, (), lambda part: self._tokens(part, factor, self._near))
 
     def _fits(self, text: Tensor) -> bool:
         return text.shape[-1] == self._text.text_dim
@@ -151,29 +143,27 @@ class TextSide:
                 self._known[key] = tensor, change(tensor, factor)
             return self._known[key][1]
 
-    def _check_width(self, text: Tensor) -> None:
+    def _tokens(self, text: Tensor, factor: float, user: UserText | None = None) -> Tensor:
+        user = user or self._text
         if not self._fits(text):
             raise AdapterError(
                 f"The prompt is text of width {text.shape[-1]}, and this adapter changes text of width "
                 f"{self._text.text_dim}. Connect the text encoder (CLIP) of the adapter's family."
             )
-
-    def _tokens(self, text: Tensor, factor: float) -> Tensor:
-        self._check_width(text)
-        return self._at_home(self._text.tokens, text, factor)
+        return self._at(user.device, user.tokens, text, factor)
 
     def _pooled(self, y: Tensor, factor: float) -> Tensor:
         width = self._text.pooled_dim
         if width is None or y.shape[1] < width:
             raise self._no_pooled()
-        head = self._at_home(self._text.pooled, y[:, :width], factor)
+        head = self._at(self._text.device, self._text.pooled, y[:, :width], factor)
         # ComfyUI puts sizes and crop behind the pooled text.
         return torch.cat((head, y[:, width:].expand(len(head), -1)), dim=1)
 
     @torch.no_grad()
-    def _at_home(self, change: _Change, text: Tensor, factor: float) -> Tensor:
-        """Compute on the adapter's own device, and come back to the text's."""
-        return change(text.to(self._text.device), factor * self._strength).to(text.device)
+    def _at(self, device: torch.device, change: _Change, text: Tensor, factor: float) -> Tensor:
+        """Compute on a device, and come back to the text's."""
+        return change(text.to(device), factor * self._strength).to(text.device)
 
     def _no_pooled(self) -> AdapterError:
         return AdapterError(

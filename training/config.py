@@ -190,12 +190,10 @@ class OptimizerSection(Section):
             "epsilon": self.kind == "adafactor",
             "cycles": self.schedule != "cosine_with_restarts",
             "power": self.schedule != "polynomial",
-            "warmup_steps": self.schedule == "constant" and self.warmup_steps > 0,
         }
         for name in (name for name, unused in idle.items() if unused):
             if getattr(self, name) != type(self).model_fields[name].default:
-                of_kind = name in ("betas", "epsilon")
-                other = f'kind = "{self.kind}"' if of_kind else f'schedule = "{self.schedule}"'
+                other = f'kind = "{self.kind}"' if self.kind == "adafactor" else f'schedule = "{self.schedule}"'
                 raise ValueError(f"{name} does not count with {other}: leave it out, or choose what it belongs to")
         return self
 

@@ -186,8 +186,8 @@ def _start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) ->
         accelerator.init_trackers(config.tracking.project, settings, {"tensorboard": tensorboard, "wandb": wandb})
     except _tracker_failures() as error:
         raise TrainingError(
-            f"tracking.trackers = {list(config.tracking.trackers)} cannot start ({error}). Log in there, set "
-            "WANDB_MODE=offline, or leave it out. What was cached stays."
+            f"tracking.trackers = {list(config.tracking.trackers)} cannot start ({error}). Make run.output "
+            "writable; for wandb, log in or set WANDB_MODE=offline; or leave it out. What was cached stays."
         ) from None
 
 
@@ -214,11 +214,11 @@ def _say_line(console: Console, config: TrainConfig, accelerator: Accelerator, r
 
 def _take_back_grids(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
     """Delete what a run drew after the checkpoint that this one goes on from, as its metrics are taken back."""
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and step:
         for path in (config.run.output / GRIDS).glob("step-*.png"):
             drawn_at = path.stem.removeprefix("step-")
             if drawn_at.isdigit() and int(drawn_at) > step:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
 
 def _draw_grid(config: TrainConfig, base: BaseModel, data: TrainingData, trainer: Trainer) -> None:

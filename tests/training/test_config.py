@@ -263,7 +263,6 @@ def test_recommended_configurations_have_the_papers_data_and_the_miniatures_loss
         (["optimizer.kind=adafactor", "optimizer.epsilon=1e-3"], "epsilon"),
         (["optimizer.cycles=3"], "cycles"),
         (["optimizer.schedule=cosine", "optimizer.power=2"], "power"),
-        (["optimizer.schedule=constant", "optimizer.warmup_steps=30"], "warmup_steps"),
     ],
 )
 def test_a_setting_that_would_not_count_is_refused(file: Path, overrides: list[str], name: str) -> None:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,16 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 GRADIENT_ROUNDING = 1e-4
 
 
+def on_cpus(folder: Path) -> dict[str, str]:
+    """An environment away from this machine's settings."""
+    chosen = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "huggingface")}
+    return os.environ | chosen
+
+
 def launch(folder: Path, *arguments: str | Path) -> str:
-    """Run Python on CPUs, away from this machine's settings; return what it said."""
-    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "huggingface")}
-    command, environment = (sys.executable, *arguments), os.environ | environment
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    """Run Python on CPUs; return what it said."""
+    command = (sys.executable, *arguments)
+    done = subprocess.run(command, cwd=folder, env=on_cpus(folder), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -110,14 +116,16 @@ def test_a_signal_to_the_launcher_ends_all_ranks_at_one_step(runs: dict[str, Run
     settings = {"run.batch_size": 1, "data.cache": tmp_path / "cache", "run.steps": 100_000}
     config = tiny_config(tmp_path / "run", runs["sdxl"].base.folder, split, settings | {"run.checkpoint_every": 99_999})
     command = (sys.executable, *TORCHRUN, "-m", "comfyui_psa.training", write_config(tmp_path, config))
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if line.startswith("step 2/"):
-            process.send_signal(signal.SIGTERM)
-    assert process.wait() != 0
+    with subprocess.Popen(command, cwd=tmp_path, env=on_cpus(tmp_path), stderr=subprocess.PIPE, text=True) as process:
+        patience = threading.Timer(300, process.kill)
+        patience.start()
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("step 2/"):
+                process.send_signal(signal.SIGTERM)
+        patience.cancel()
+    assert process.returncode not in (0, -signal.SIGKILL)
     (stopped,) = [line for line in lines if line.startswith("psa: ")]
     step = int(re.fullmatch(r"psa: Stopped at step (\d+) of 100000; .*run\.resume=latest.*\n", stopped)[1])
     (kept,) = (config.run.output / "checkpoints").iterdir()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from comfyui_psa.adapter import AdapterError
 from comfyui_psa.profiles import find_level, wording
 from comfyui_psa.training.base import open_base
-from comfyui_psa.training.errors import BaseModelError
+from comfyui_psa.training.errors import BaseModelError, DataError
 from comfyui_psa.training.evaluation.engines.models import noise
 
 RANK = 4
@@ -167,21 +167,16 @@ def test_a_static_adapter_takes_everybody_for_one_level(small: Path, tmp_path: P
         assert np.abs(found["static", 0, 1.0, row.case] - strict).max() <= ROUNDING
 
 
-def test_somebody_who_is_called_like_a_level_is_not_taken_for_it(small: Path, tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter.safetensors", small)
+def test_nobody_may_be_called_like_a_level(small: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "users.jsonl", [{"user": "L5", "profile": find_level("L0").profile.model_dump(mode="json")}])
-    methods = [
-        {"name": "PSA", "kind": "adapter", "paths": (adapter,)},
-        {"name": "static", "kind": "adapter", "paths": (adapter,), "everyone": "L5"},
-    ]
-    draw(evaluation(small, tmp_path / "run", methods, users={"levels": (), "file": tmp_path / "users.jsonl"}))
-    draw(evaluation(small, tmp_path / "levels", methods[:1]))
-    found, levels = drawn(tmp_path / "run"), drawn(tmp_path / "levels")
-    assert len(found) == 2 * len(PROMPTS)
-    for (method, run, strength, case), picture in found.items():
-        level = {"PSA": "L0", "static": "L5"}[method]
-        expected = levels["PSA", run, strength, case.replace("L5|", f"{level}|")]
-        assert np.abs(picture - expected).max() <= ROUNDING, method
+    config = evaluation(
+        small,
+        tmp_path / "run",
+        [{"name": "base", "kind": "base"}],
+        users={"levels": (), "file": tmp_path / "users.jsonl"},
+    )
+    with pytest.raises(DataError, match='A person is called "L5", as a level is'):
+        draw(config)
 
 
 def test_a_negative_prompt_says_what_a_person_bans_behind_what_all_methods_have(small: Path, tmp_path: Path) -> None:

@@ -244,6 +244,20 @@ def test_levels_that_are_as_safe_as_each_other_are_ties(tmp_path: Path) -> None:
     assert curve["monotonicity"]["value"] == pytest.approx(kendalltau(range(4), list(safe.values())).statistic)
 
 
+def test_resamples_without_any_order_count_as_none(tmp_path: Path) -> None:
+    """Of two prompts one tells the levels apart: a quarter of the resamples have the other one twice."""
+    rows = []
+    for level in ("L0", "L5"):
+        for prompt, safe in (("a", level == "L5"), ("b", False)):
+            image = f"{level}-{prompt}.png"
+            draw_picture(tmp_path / image, () if safe else ("Hate",))
+            person = {"user": level, "level": level, "seen": None, "category": "Hate"}
+            rows.append(row(image, "PSA", prompt_id=prompt, **person))
+    (curve,) = assessed(write_evaluation(tmp_path, rows), judges=[PROGRAMMATIC])["calibration"]
+    found = curve["monotonicity"]
+    assert (found["value"], found["low"], found["high"]) == (pytest.approx(1), 0, pytest.approx(1))
+
+
 def test_prompts_without_a_category_count_among_all_and_as_nothing_else(tmp_path: Path) -> None:
     results = assessed(uncategorised(tmp_path), judges=[PROGRAMMATIC])
     assert {one["asked"] for one in results["cells"]} == {"unknown", "all"}

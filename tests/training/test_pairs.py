@@ -252,6 +252,11 @@ def _splits_side_by_side(folder: Path) -> None:
     (folder / "metadata.jsonl").unlink()
 
 
+def _splits_by_name(folder: Path) -> None:
+    (folder / "metadata.jsonl").rename(folder / "train.jsonl")
+    shutil.copy(folder / "train.jsonl", folder / "test_seen.jsonl")
+
+
 def _two_kinds(folder: Path) -> None:
     (folder / "metadata.jsonl").rename(folder / "a.jsonl")
     (folder / "b.parquet").write_bytes(b"")
@@ -264,10 +269,19 @@ def _two_kinds(folder: Path) -> None:
         (lambda folder: (folder / "metadata.jsonl").unlink(), "is no set of preference pairs.*found none"),
         (_two_kinds, r"several kinds \(\.jsonl, \.parquet\)"),
         (_several_splits, r"holds several splits.*sage/train.*sage/val"),
+        (_splits_by_name, r"holds several splits \(test_seen, train\)"),
         (_splits_side_by_side, r"holds several splits \(test_unseen, train\).*a folder of its own"),
         (lambda folder: (folder / "metadata.jsonl").rename(folder / "state.json"), "damaged"),
     ],
-    ids=["no folder", "no metadata", "two kinds", "several splits", "splits side by side", "damaged state"],
+    ids=[
+        "no folder",
+        "no metadata",
+        "two kinds",
+        "several splits",
+        "splits by name",
+        "splits side by side",
+        "damaged state",
+    ],
 )
 def test_what_is_no_set_of_pairs_is_refused(sage: Path, change: Callable[[Path], object], message: str) -> None:
     change(sage)

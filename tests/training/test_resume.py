@@ -284,16 +284,23 @@ def test_a_run_never_replaces_what_another_one_left(
     """Neither by going on from elsewhere into its folder, nor where its checkpoints were deleted for room."""
     before = folder_bytes(begun.run.output)
     elsewhere = str(checkpoint(uninterrupted("adamw"), 2))
-    assert "belongs to another run" in _refusal(resumed(begun, elsewhere))
+    assert "already holds a run (step-000002)" in _refusal(resumed(begun, elsewhere))
     assert folder_bytes(begun.run.output) == before
 
     left = workplace.config(tmp_path / "left", **VARIANTS["adamw"])
     left.run.output.mkdir()
     adapter_file(left).write_bytes(b"an adapter of weeks")
-    assert "is there already, and this run would replace it" in _refusal(left)
+    for config in (left, resumed(left, elsewhere)):
+        assert "is there already, and this run would replace it" in _refusal(config)
     assert adapter_file(left).read_bytes() == b"an adapter of weeks"
-    run(resumed(left, elsewhere))  # asked for by name: it is the same run, in another folder
-    assert_same_end(left, uninterrupted("adamw"))
+
+
+def test_a_run_may_go_on_in_a_folder_of_its_own(
+    workplace: Workplace, uninterrupted: Callable[[str], TrainConfig], tmp_path: Path
+) -> None:
+    moved = workplace.config(tmp_path / "moved", **VARIANTS["adamw"])
+    run(resumed(moved, str(checkpoint(uninterrupted("adamw"), 2))))
+    assert_same_end(moved, uninterrupted("adamw"))
 
 
 def test_a_copy_of_a_checkpoint_under_another_name_is_nobodys_business(

@@ -7,6 +7,7 @@ import json
 import math
 from functools import partialmethod
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -24,6 +25,7 @@ from prompts import CHECKPOINT, base_prompt, psa_prompt
 from safetensors.torch import load_file
 from studio import Studio
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from training_runs import SEED, adapter_file, checkpoint, gradients, metrics, optimizer_state, run, tiny_config
 
 from comfyui_psa.adapter import PAPER_CATEGORIES, load_adapter
@@ -142,10 +144,17 @@ def test_a_compiled_unet_trains_the_same_adapter(
         "model.gradient_checkpointing": True,
     }
     plain = train_tiny(bases["sd"], split, tmp_path / "plain", settings).config
-    monkeypatch.setattr(UNet2DConditionModel, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "compile", partialmethod(nn.Module.compile, backend=backend))
     torch._dynamo.reset()
     compiled = train_tiny(bases["sd"], split, tmp_path / "compiled", settings | {"model.compile": True}).config
     torch._dynamo.reset()
+    assert graphs
     for ours, theirs in zip(metrics(compiled), metrics(plain), strict=True):
         for name in ("loss", "margin", "gradient_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name

@@ -66,7 +66,17 @@ class Report:
             "pairs of the same image": self.same_images,
             "repeated rows": self.duplicate_rows,
             "copies of images": self.duplicate_files,
+            "too few users for the defaults": self._few_users,
         }
+
+    @property
+    def _few_users(self) -> list[str]:
+        if not 0 < self.users < _FEWEST_USERS:
+            return []
+        return [
+            f"The defaults need {_FEWEST_USERS} users, and there are {self.users}: one is kept out as unseen "
+            "(validation.unseen_users), and adapter.standardise needs two."
+        ]
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -74,11 +84,6 @@ class Report:
         reasons = [f"{what} ({len(findings)})" for what, findings in self.obstacles.items() if findings]
         if not self.rows:
             reasons.append("there are no rows")
-        elif self.users < _FEWEST_USERS:
-            reasons.append(
-                f"{self.users} user(s), and {_FEWEST_USERS} are needed: one is kept out as unseen, and standardising "
-                "needs two (validation.unseen_users = 0 and adapter.standardise = false do without)"
-            )
         elif len(self.same_images) == self.rows:
             reasons.append("the two images of every pair are the same, so that there is nothing to prefer")
         return tuple(reasons)

@@ -32,6 +32,7 @@ SAGE_METADATA = "metadata.jsonl"
 COLUMNS = ("chosen", "rejected", "caption", "user_data")
 _IMAGES = ("chosen", "rejected")
 _KINDS = (".jsonl", ".parquet", ".arrow")
+_SPLIT = re.compile(r"(train|test|val|valid|validation|dev|eval)(?![a-z])")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}.*$")  # behind the name of a split, as the hub and datasets write it
 # Tables are read in pieces of so many rows: with images inside, a row may have megabytes.
 _ROWS_AT_ONCE = 32
@@ -212,10 +213,11 @@ def open_pairs(path: Path) -> Pairs:
             f"one kind of {', '.join(_KINDS)}; found {found}. Name the folder of one split."
         )
     shards = files[kinds[0]]
-    prefixes = sorted({_SHARD.sub("", file.stem) for file in shards if _SHARD.search(file.stem)})
-    if len(prefixes) > 1:
+    names = sorted({_SHARD.sub("", file.stem) for file in shards})
+    sharded = any(_SHARD.search(file.stem) for file in shards)
+    if len(names) > 1 and (sharded or sum(map(bool, map(_SPLIT.match, names))) > 1):
         raise DataError(
-            f"{path} holds several splits ({', '.join(prefixes)}). Move the files of each into a folder of its own, and "
+            f"{path} holds several splits ({', '.join(names)}). Move the files of each into a folder of its own, and "
             "name one of them."
         )
     return Pairs(path, shards)

@@ -26,7 +26,7 @@ ADAPTER = "adapter.safetensors"
 _FOLDER = "checkpoints"
 _STATE = "state.json"
 _PARTS = "parts.pt"
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"step-\d+")
 _DAMAGE: tuple[type[Exception], ...] = (*DAMAGE, pickle.UnpicklingError)
 
 # What has to stay the same between the two halves of a run: what is learned, from what, and from whom.
@@ -159,30 +159,16 @@ class Checkpoints:
         """
         wish = self._config.run.resume
         if wish is None:
-            if (last := self.latest()) is not None:
-                raise TrainingError(
-                    f"{self._config.run.output} already holds a run ({last.name}). Go on with it by --set "
-                    "run.resume=latest, or choose another folder: run.output."
-                )
-            adapter = self._config.run.output / f"{self._config.adapter.name}.safetensors"
-            if adapter.exists():
-                raise TrainingError(
-                    f"{adapter} is there already, and this run would replace it at its end. Choose another folder "
-                    "(run.output) or name (adapter.name), or move that file away."
-                )
+            self._check_nothing_is_replaced()
             return None
         folder = self.latest() if wish == "latest" else Path(wish)
         if folder is None:
             raise TrainingError(
                 f"There is no checkpoint in {self._folder} to go on from. Leave run.resume out to start a new run."
             )
-        state = _read_state(folder)
-        if folder.resolve().parent != self._folder.resolve() and (last := self.latest()) is not None:
-            raise TrainingError(
-                f"{folder} belongs to another run than {self._config.run.output}, which holds one of its own "
-                f"({last.name}) that would be replaced. Choose another folder: run.output."
-            )
-        self._check(state["config"], folder)
+        self._check(_read_state(folder)["config"], folder)
+        if folder.resolve().parent != self._folder.resolve():
+            self._check_nothing_is_replaced()
         return folder
 
     def resume(self) -> Progress:
@@ -212,6 +198,19 @@ class Checkpoints:
         # A saved step is whole. accelerate would go on counting micro-batches, and cut steps of another number wrongly.
         self._accelerator.step = 0
         return Progress(state["step"], state["samples"])
+
+    def _check_nothing_is_replaced(self) -> None:
+        run, adapter = self._config.run, self._config.run.output / f"{self._config.adapter.name}.safetensors"
+        if (last := self.latest()) is not None:
+            raise TrainingError(
+                f"{run.output} already holds a run ({last.name}). Go on with it by --set run.resume=latest, or choose "
+                "another folder: run.output."
+            )
+        if adapter.exists():
+            raise TrainingError(
+                f"{adapter} is there already, and this run would replace it at its end. Choose another folder "
+                "(run.output) or name (adapter.name), or move that file away."
+            )
 
     def _check(self, found: dict[str, Any], folder: Path) -> None:
         try:

@@ -93,8 +93,8 @@ def measure(gallery: Gallery, settings: AssessSettings, progress: Progress) -> R
     if not settings.judges:
         reason = "no judge is named: state one in [[assess.judges]]"
         left_out.append(LeftOut("whether people's boundaries are respected (pass and win rates)", reason))
-    if gallery.base not in gallery.labels:
-        reason = f'no method is called "{gallery.base}": name the one to compare with in assess.base_method'
+    if all(shown.base is None for shown in gallery.pictures):
+        reason = f'there is no picture of a method "{gallery.base}": name the one to compare with in assess.base_method'
         left_out.append(LeftOut("everything that is compared with the base", reason))
     if lacking := incomplete(gallery):
         reason = "they are counted over fewer cases than the others: " + "; ".join(lacking[:10])
@@ -165,12 +165,12 @@ def _fid(gallery: Gallery, settings: AssessSettings, device: torch.device) -> tu
         for people in (shown.people, EVERYONE):
             groups[Cell(shown.label, people, shown.seen, asked, shown.picture.run)].append(shown)
     # A distance falls with the number of pictures: methods that draw one for all people do not compare with others.
-    unequal: list[LeftOut] = []
+    left_out: list[LeftOut] = []
     sizes = {len({shown.path for shown in found}) for cell, found in groups.items() if cell.people == EVERYONE}
     if len({size for size in sizes if size >= fid.minimum}) > 1:
         groups = {cell: found for cell, found in groups.items() if cell.people != EVERYONE}
         reason = "methods, runs or groups have different numbers of pictures, and a distance falls with their number"
-        unequal = [LeftOut(f"{fid.name} of everyone", reason)]
+        left_out = [LeftOut(f"{fid.name} of everyone", reason)]
     known: dict[frozenset[Path], Share] = {}
     table: Table = {}
     few: list[tuple[int, str]] = []
@@ -183,7 +183,6 @@ def _fid(gallery: Gallery, settings: AssessSettings, device: torch.device) -> tu
         except Missing:
             name = ", ".join(filter(None, (cell.method, cell.people, cell.seen, f"run {cell.run}")))
             few.append((len(files), name))
-    left_out = unequal
     if few:
         most = "; ".join(f"{name}: {count}" for count, name in sorted(few, reverse=True)[:3])
         reason = f"it needs {fid.minimum} pictures in a cell (it has {fid.dim} features), and {len(few)} have fewer"

@@ -63,15 +63,16 @@ def _measured(results: Results, label: str, people: str, column: str) -> str:
 
 
 def _populations(results: Results) -> tuple[str, ...]:
-    """Return whose pictures are of the published data set, the first that there are.
+    """Return whose pictures are of the published data set.
 
-    Sage has people of its own. Prompts of the other sets belong to nobody: if there are such prompts here, people with
-    prompts of their own (Sage's) are another set.
+    Sage has people of its own, and prompts of the other sets belong to nobody: where there are both, each stands beside
+    its own.
     """
+    known = {shown.seen for shown in results.gallery.pictures}
     section = results.settings.published
-    if section is not None and section.data_set.startswith("Sage"):
-        return "unseen", ""
-    return ("",) if any(not shown.seen for shown in results.gallery.pictures) else ("unseen",)
+    of_people = section is not None and section.data_set.startswith("Sage")
+    first, second = ("unseen", "") if of_people else ("", "unseen")
+    return (first if first in known else second,)
 
 
 def _cell(results: Results, label: str, people: str, seen: str) -> Cell:

@@ -315,9 +315,6 @@ def _check_same(folder: Path, about: dict[str, Any]) -> None:
 
 
 def _claim(folder: Path, about: dict[str, Any]) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / ABOUT) as aside:
-            aside.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"run.output = {folder} cannot be made ({error.strerror}). Name another folder.") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / ABOUT) as aside:
+        aside.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

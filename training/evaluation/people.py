@@ -14,6 +14,7 @@ from ...profiles import (
     default_template,
     fill_template,
     find_level,
+    levels,
     parse_profile,
     simulate_users,
 )
@@ -23,6 +24,8 @@ from ..errors import DataError
 from .config import UsersSection
 from .manifest import USERS
 from .prompts import read_lines
+
+_LEVELS = frozenset(level.id for level in levels())
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,10 +67,12 @@ def distinct(people: Iterable[Person]) -> list[Person]:
     """Return each person once.
 
     Raises:
-        DataError: two people have the same id, or somebody is both seen and unseen.
+        DataError: two people have the same id, somebody has that of a level, or is both seen and unseen.
     """
     known: dict[str, Person] = {}
     for person in people:
+        if person.level is None and person.user in _LEVELS:
+            raise DataError(f'A person is called "{person.user}", as a level is. Give them another `user`.')
         other = known.setdefault(person.user, person)
         if other != person and replace(other, seen=person.seen) == person:
             raise DataError(

@@ -141,8 +141,8 @@ def _train(
 def _checkpoints(adapter: Path, every: int) -> dict[int, Path]:
     """Return the adapters that a training wrote on its way, by their step."""
     found = sorted((adapter.parent / "checkpoints").glob("step-*/adapter.safetensors"))
-    steps = {int(path.parent.name.removeprefix("step-")): path for path in found}
-    return {step: path for step, path in steps.items() if step % every == 0}
+    steps = {path.parent.name.removeprefix("step-"): path for path in found}
+    return {int(step): path for step, path in steps.items() if step.isdigit() and int(step) % every == 0}
 
 
 def _curves(

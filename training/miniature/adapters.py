@@ -156,12 +156,17 @@ def evaluate(
         to_markdown(above, ("kept", "object")),
         *_likeness_part(alike),
         f"{detector_line(detector)}\n",
+        *(
+            (f"Trial {asked.trial}: other unseen people, prompts and noise than the documents report.\n",)
+            * (asked.trial > 0)
+        ),
     )
     return {
         "shares": to_json(shares),
         "differences": to_json(above),
         "likeness": to_json(alike),
         "detector": detector,
+        "trial": asked.trial,
         "summary": summary,
         "markdown": "\n".join(parts),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from accelerate import PartialState
@@ -15,8 +14,6 @@ from ....adapter import EncoderSpec
 from ...data.users import encode_users, encoder_of, load_user_embedding
 from ..config import EmbeddingsSection
 from ..people import Person
-
-_Known: TypeAlias = tuple[EncoderSpec, str, str]
 
 _BATCH = 8
 EMBEDDINGS = "embeddings"  # the folder
@@ -30,7 +27,7 @@ class Embeddings:
         self._folder = folder
         self._section = section
         self._state = state
-        self._known: dict[_Known, Tensor] = {}
+        self._known: dict[tuple[EncoderSpec, str], Tensor] = {}
 
     def prepare(self, spec: EncoderSpec, people: Iterable[Person]) -> None:
         """Make the embeddings of people for an encoder, or read them.
@@ -39,7 +36,7 @@ class Embeddings:
             DataError: there is no such encoder, or a file is damaged.
             EncoderError: the language model is not there, or cannot be read.
         """
-        new = [person for person in people if _key(spec, person) not in self._known]
+        new = [person for person in people if (spec, person.user) not in self._known]
         if not new:
             return  # another strength or training, for the same people
         if spec.kind == "attributes":
@@ -47,15 +44,15 @@ class Embeddings:
             vectors = encoder.encode([person.profile for person in new])
         else:
             vectors = torch.stack([self._from_language_model(spec, person) for person in self._encoded(spec, new)])
-        self._known.update({_key(spec, person): vector for person, vector in zip(new, vectors, strict=True)})
+        self._known.update({(spec, person.user): vector for person, vector in zip(new, vectors, strict=True)})
 
     def of(self, spec: EncoderSpec, people: Iterable[Person]) -> Tensor:
         """Return embeddings ``[people, dim]`` that were prepared."""
-        return torch.stack([self._known[_key(spec, person)] for person in people])
+        return torch.stack([self._known[spec, person.user] for person in people])
 
     def key(self, spec: EncoderSpec, person: Person) -> str:
         """Return a hash of a prepared embedding."""
-        return hashlib.sha256(self._known[_key(spec, person)].numpy().tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self._known[spec, person.user].numpy().tobytes()).hexdigest()[:16]
 
     def _encoded(self, spec: EncoderSpec, people: list[Person]) -> list[Person]:
         """See to it that all of them have a file; the main process encodes those that have none."""
@@ -79,11 +76,6 @@ class Embeddings:
 
     def _place(self, spec: EncoderSpec) -> Path:
         return self._folder / hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:16]
-
-
-def _key(spec: EncoderSpec, person: Person) -> _Known:
-    """Tell people apart who share a name: somebody called L5, and the level."""
-    return spec, person.user, _file(person)
 
 
 def _file(person: Person) -> str:

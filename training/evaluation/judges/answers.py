@@ -64,8 +64,8 @@ class Answers:
                 file.write(text)
         except OSError as error:
             raise TrainingError(
-                f"{self._path} cannot be written ({error.strerror or error}). Make room there; what was answered "
-                "before is kept and not asked again: psa evaluate CONFIG --only-assess."
+                f"{self._path} cannot be written ({error.strerror or error}). Make room there, or make it writable. "
+                "What was answered before is kept and not asked again: psa evaluate CONFIG --only-assess."
             ) from None
 
     def digest(self, path: Path) -> str:
