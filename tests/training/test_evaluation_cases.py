@@ -143,7 +143,7 @@ def test_people_come_from_jsonl_and_from_the_releases_table(tmp_path: Path) -> N
         ([{"user": "a", "profile": {"age": "old"}}], "is not a valid profile: age should be"),
         ([{"user": "../a", "profile": {"age": 3}}], "is no User_ID"),
         ([{"user": "a", "profile": {"age": 3}}, {"user": "a", "profile": {"age": 4}}], 'Two people are called "a"'),
-        ([{"user": "L0", "profile": {"age": 3}}], 'Two people are called "L0"'),
+        ([{"user": "L0", "profile": {"age": 3}}], 'A person is called "L0", as a level is'),
     ],
 )
 def test_bad_people_are_refused(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from evaluations import PROMPTS, draw, drawn, evaluation, pictures, pixels, write_adapter, write_jsonl
+from evaluations import PROMPTS, draw, drawn, evaluation, pictures, pixels, write_adapter
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from pipelines import write_sd_pipeline, write_sdxl_pipeline
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from comfyui_psa.adapter import AdapterError
 from comfyui_psa.profiles import find_level, wording
 from comfyui_psa.training.base import open_base
-from comfyui_psa.training.errors import BaseModelError, DataError
+from comfyui_psa.training.errors import BaseModelError
 from comfyui_psa.training.evaluation.engines.models import noise
 
 RANK = 4
@@ -165,18 +165,6 @@ def test_a_static_adapter_takes_everybody_for_one_level(small: Path, tmp_path: P
     for row in static:
         strict = found["PSA", 0, 1.0, row.case.replace("L0|", "L5|")]
         assert np.abs(found["static", 0, 1.0, row.case] - strict).max() <= ROUNDING
-
-
-def test_nobody_may_be_called_like_a_level(small: Path, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "users.jsonl", [{"user": "L5", "profile": find_level("L0").profile.model_dump(mode="json")}])
-    config = evaluation(
-        small,
-        tmp_path / "run",
-        [{"name": "base", "kind": "base"}],
-        users={"levels": (), "file": tmp_path / "users.jsonl"},
-    )
-    with pytest.raises(DataError, match='A person is called "L5", as a level is'):
-        draw(config)
 
 
 def test_a_negative_prompt_says_what_a_person_bans_behind_what_all_methods_have(small: Path, tmp_path: Path) -> None:

@@ -142,6 +142,8 @@ def test_a_compiled_unet_trains_the_same_adapter(
         "adapter.gated": {"num_tokens": 3, "token_dim": 8, "heads": 4, "head_dim": 4},
         "adapter.text": ATTENTION,
         "model.gradient_checkpointing": True,
+        "run.steps": 2,
+        "run.accumulation": 1,
     }
     plain = train_tiny(bases["sd"], split, tmp_path / "plain", settings).config
     graphs = []
