@@ -157,9 +157,11 @@ def test_a_compiled_unet_trains_the_same_adapter(
     compiled = train_tiny(bases["sd"], split, tmp_path / "compiled", settings | {"model.compile": True}).config
     torch._dynamo.reset()
     assert graphs
-    for ours, theirs in zip(metrics(compiled), metrics(plain), strict=True):
-        for name in ("loss", "margin", "gradient_norm"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
+    (first, ours), (same, theirs) = metrics(compiled), metrics(plain)
+    for name in ("loss", "margin", "gradient_norm"):
+        assert first[name] == pytest.approx(same[name], rel=1e-3, abs=1e-6), name
+        # Adam's first step is as long for gradients that are mostly rounding.
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-2, abs=1e-6), name
 
 
 def test_a_stock_server_opens_the_adapter_and_follows_its_users(studio: Studio, split: Path, tmp_path: Path) -> None:
