@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from evaluations import BASE, draw, drawn, evaluation, pictures, write_jsonl
 from prompts import CHECKPOINT
+from safetensors.torch import save_file
 from studio import Studio
 
+from comfyui_psa.training.base import open_base
 from comfyui_psa.training.errors import ComfyUIError, TrainingError
 from comfyui_psa.training.evaluation.manifest import read_manifest
 from comfyui_psa.training.miniature import MINIATURE
@@ -65,6 +68,30 @@ def test_both_engines_draw_the_same_pictures(studio: Studio, tmp_path: Path) -> 
     assert row.base == "miniature in ComfyUI"
     assert row.adapter == "psa_miniature.safetensors in ComfyUI"
     assert (row.width, row.height) == (96, 96)
+
+
+def test_a_lora_is_drawn_by_both_engines(studio: Studio, tmp_path: Path) -> None:
+    """In kohya's names, on how the miniature's layers read text."""
+    generator = torch.Generator().manual_seed(0)
+    path = studio.server.base / "models" / "loras" / "world.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    tensors = {}
+    for name, layer in open_base(MINIATURE).empty_unet().named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            key = f"lora_unet_{name.replace('.', '_')}"
+            tensors[f"{key}.lora_down.weight"] = torch.randn(2, layer.in_features, generator=generator)
+            tensors[f"{key}.lora_up.weight"] = 0.3 * torch.randn(layer.out_features, 2, generator=generator)
+            tensors[f"{key}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, path)
+    methods = (BASE, {"name": "LoRA", "kind": "lora", "paths": (path,), "strengths": (0.5, 1.0)})
+    draw(world(studio, tmp_path / "comfyui", methods))
+    draw(world(studio, tmp_path / "diffusers", methods, engine={}))
+    ours, theirs = drawn(tmp_path / "comfyui"), drawn(tmp_path / "diffusers")
+    assert ours.keys() == theirs.keys()
+    for (method, run, strength, case), picture in ours.items():
+        assert abs(np.abs(picture - theirs[method, run, strength, case]).mean() - CUT) < ROUNDING, method
+        if method == "LoRA":
+            assert np.abs(picture - ours["base", 0, 1.0, case]).mean() > 1
 
 
 def test_checkpoints_are_named_as_comfyui_lists_them(studio: Studio, tmp_path: Path) -> None:
