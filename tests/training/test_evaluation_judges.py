@@ -34,7 +34,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from comfyui_psa.training.errors import TrainingError
 from comfyui_psa.training.evaluation.assess_config import RemoteJudge
 from comfyui_psa.training.evaluation.judges import preference, verdict
 
@@ -322,15 +321,6 @@ def test_raw_answers_are_kept(tmp_path: Path) -> None:
     assert {tuple(one["images"]) for one in rows} == {
         (path.relative_to(folder).as_posix(),) for path in folder.glob("pictures/*.png")
     }
-
-
-def test_answers_that_cannot_be_written_are_an_error_in_words(tmp_path: Path) -> None:
-    folder = small_evaluation(tmp_path, prompts=1, methods=("base",))
-    (folder / "answers.jsonl").mkdir()
-    with pytest.raises(
-        TrainingError, match=r"answers\.jsonl cannot be written \(Is a directory\)\. .*make it writable"
-    ):
-        assessed(folder, judges=[PROGRAMMATIC])
 
 
 def test_judges_that_read_need_people(tmp_path: Path) -> None:

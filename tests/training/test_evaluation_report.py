@@ -309,6 +309,15 @@ def test_without_the_base_there_is_still_a_report(tmp_path: Path) -> None:
     assert (compared["method"], compared["against"]) == ("PSA", "static")
 
 
+def test_answers_that_cannot_be_written_are_an_error_in_words(tmp_path: Path) -> None:
+    folder = small_evaluation(tmp_path, prompts=1, methods=("base",))
+    (folder / "answers.jsonl").mkdir()
+    with pytest.raises(
+        TrainingError, match=r"answers\.jsonl cannot be written \(Is a directory\)\. .*make it writable"
+    ):
+        assessed(folder, judges=[PROGRAMMATIC])
+
+
 def test_without_a_judge_the_report_says_what_it_lacks(tmp_path: Path) -> None:
     folder = small_evaluation(tmp_path, prompts=1)
     (reason,) = [one["reason"] for one in assessed(folder)["left_out"] if "pass and win rates" in one["name"]]
