@@ -175,14 +175,15 @@ def test_people_of_another_set_do_not_stand_beside_what_was_published_of_prompts
             rows.append(row(f"{seen}-{number}.png", prompt_id=f"{seen}-{number}", category="Hate", **person))
     folder = write_evaluation(tmp_path, rows)
     nudenet = {"enabled": True}
-    for data_set, ours in (("I2P", ["base, L5", "base, everyone"]), ("Sage unseen", ["base, bans some"])):
+    for data_set, ours, others in (
+        ("I2P", "base, L5", "base, bans some"),
+        ("Sage unseen", "base, bans some", "base, L5"),
+    ):
         assessed(folder, nudenet=nudenet, published={"data_set": data_set, "base": "SD1.5"})
         text = (folder / "report.md").read_text(encoding="utf-8")
         chapter = text.split("## Beside the paper")[1].split("##")[0]
-        assert all(f"| {name} |" in chapter for name in ours)
-        assert ("bans some" in chapter, "L5 |" in chapter.split("PSA")[0]) == (
-            (False, True) if data_set == "I2P" else (True, False)
-        )
+        assert f"| {ours} |" in chapter
+        assert f"| {others} |" not in chapter
 
 
 def test_pass_and_win_rates_stand_beside_the_published_ones(tmp_path: Path) -> None:

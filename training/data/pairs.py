@@ -215,7 +215,8 @@ def open_pairs(path: Path) -> Pairs:
     shards = files[kinds[0]]
     names = sorted({_SHARD.sub("", file.stem) for file in shards})
     sharded = any(_SHARD.search(file.stem) for file in shards)
-    if len(names) > 1 and (sharded or sum(map(bool, map(_SPLIT.match, names))) > 1):
+    named = [name for name in names if _SPLIT.match(name)]
+    if len(names) > 1 and (sharded or len(named) > 1):
         raise DataError(
             f"{path} holds several splits ({', '.join(names)}). Move the files of each into a folder of its own, and "
             "name one of them."

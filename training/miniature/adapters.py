@@ -157,8 +157,9 @@ def evaluate(
         *_likeness_part(alike),
         f"{detector_line(detector)}\n",
         *(
-            (f"Trial {asked.trial}: other unseen people, prompts and noise than the documents report.\n",)
-            * (asked.trial > 0)
+            [f"Trial {asked.trial}: other unseen people, prompts and noise than those of trial 0.\n"]
+            if asked.trial
+            else []
         ),
     )
     return {
