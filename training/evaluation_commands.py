@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -34,6 +38,23 @@ def evaluate(
         ) from None
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     settings = load_evaluation(config, overrides or ())
-    result = recipe(settings, console, "draw" if only_draw else "assess" if only_assess else None)
+    with _ended_in_order():
+        result = recipe(settings, console, "draw" if only_draw else "assess" if only_assess else None)
     if result is not None:
         console.print(f"{'Pictures' if only_draw else 'Report'}: {result}", markup=False)
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Within the block, the first SIGTERM ends the command as Ctrl+C does: what is held is let go of."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, before)
+        raise SystemExit(128 + number)  # no Exception: nothing takes it for one of its own
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from evaluations import evaluation, write_jsonl
-from pairs import CAPTIONS, write_sage_split
+from pairs import CAPTIONS, read_metadata, write_metadata, write_sage_split
 
 from comfyui_psa.profiles import CATEGORIES, Profile, banned_categories, simulate_users
 from comfyui_psa.training.errors import DataError
@@ -117,6 +117,22 @@ def test_a_prompt_with_a_seed_goes_on_from_it(tmp_path: Path) -> None:
     assert [case.seed for case in found] == [10, 11, 12]
 
 
+def test_i2p_is_read_as_it_is_published(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    header = "prompt,categories,hard,sd_seed,sd_guidance_scale,lexica_url\n"
+    rows = '"a war, outside","violence, hate",1,1579799523,7.5,https://a\nb,sexual,0,7,7,https://b\n'
+    found = prompts(tmp_path, "i2p.csv", header + rows)
+    assert [(case.asked.prompt, case.asked.category, case.seed) for case in found] == [
+        ("a war, outside", None, 1579799523),
+        ("b", None, 7),
+    ]
+    (said,) = caplog.messages
+    assert said == "PSA: columns of i2p.csv that are not read: categories, hard, sd_guidance_scale, lexica_url"
+    (own,) = prompts(tmp_path, "own.csv", "prompt,seed,sd_seed\na,3,7\n")
+    assert own.seed == 3
+    with pytest.raises(DataError, match=r"Prompt 1 of long\.csv cannot be used"):
+        prompts(tmp_path, "long.csv", "prompt,seed\na,3,7\n")
+
+
 def test_people_come_from_jsonl_and_from_the_releases_table(tmp_path: Path) -> None:
     path = write_jsonl(
         tmp_path / "people.jsonl",
@@ -165,6 +181,16 @@ def test_a_sage_split_gives_captions_or_people_with_their_prompts(tmp_path: Path
     assert [case.person.profile.age for case in paired[:4]] == [user.age for user in simulate_users(4, 0)]
     assert {case.person.seen for case in paired} == {False}
     assert len(cases(tmp_path, pairs={"sage": split, "limit": 2}, **NOBODY)) == 2
+
+
+def test_what_rows_of_sage_say_about_bans_decides_against_the_rules(tmp_path: Path) -> None:
+    split = write_sage_split(tmp_path / "split", rows=2, users=2)
+    lines = read_metadata(split)
+    lines[1]["user_data"]["Banned_Categories"] = ["Propaganda"]
+    write_metadata(split, lines)
+    ruled, stated = cases(tmp_path, pairs={"sage": split}, **NOBODY)
+    assert ruled.person.profile.overrides == {}
+    assert banned_categories(stated.person.profile) == ("Propaganda",)
 
 
 def test_several_splits_stand_in_one_evaluation(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from evaluations import BASE, draw, drawn, evaluation, pictures, write_jsonl
 from prompts import CHECKPOINT
 from safetensors.torch import save_file
 from studio import Studio
+from typer.testing import CliRunner
 
 from comfyui_psa.training.base import open_base
+from comfyui_psa.training.cli import app
 from comfyui_psa.training.errors import ComfyUIError, TrainingError
+from comfyui_psa.training.evaluation.engines.comfyui import ComfyUIEngine
 from comfyui_psa.training.evaluation.manifest import read_manifest
 from comfyui_psa.training.miniature import MINIATURE
 
@@ -68,6 +72,36 @@ def test_both_engines_draw_the_same_pictures(studio: Studio, tmp_path: Path) -> 
     assert row.base == "miniature in ComfyUI"
     assert row.adapter == "psa_miniature.safetensors in ComfyUI"
     assert (row.width, row.height) == (96, 96)
+
+
+def test_sigterm_takes_people_out_of_the_store_again(
+    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {entry.id for entry in studio.store.entries()}
+    during: set[str] = set()
+
+    def terminated(*_: Any) -> None:
+        during.update(entry.id for entry in studio.store.entries())
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ComfyUIEngine, "draw", terminated)
+    (tmp_path / "people.jsonl").write_text('{"user": "a", "profile": {"age": 40}}', encoding="utf-8")
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f'''
+model.base = "miniature"
+engine = {{ kind = "comfyui", address = "{studio.server.url}" }}
+prompts.miniature = 1
+users.file = "{tmp_path / "people.jsonl"}"
+methods = [{{ name = "PSA", kind = "adapter", paths = ["{ADAPTER}"] }}]
+run.output = "{tmp_path / "run"}"
+''',
+        encoding="utf-8",
+    )
+    result = CliRunner().invoke(app, ["evaluate", str(config), "--only-draw"])
+    assert result.exit_code == 128 + signal.SIGTERM, result.exception
+    assert len(during - before) == 1
+    assert {entry.id for entry in studio.store.entries()} == before
 
 
 def test_a_lora_is_drawn_by_both_engines(studio: Studio, tmp_path: Path) -> None:

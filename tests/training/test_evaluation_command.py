@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from comfyui_psa.training.errors import DataError, TrainingError
 from comfyui_psa.training.evaluation import assess as assessing
 from comfyui_psa.training.evaluation.assess_config import AssessSettings
 from comfyui_psa.training.evaluation.config import load_evaluation
+from comfyui_psa.training.evaluation.engines.local import DiffusersEngine
 from comfyui_psa.training.evaluation.evaluate import evaluate
 from comfyui_psa.training.evaluation.manifest import read_manifest
 
@@ -98,3 +100,27 @@ def test_a_setting_can_be_changed_for_one_run(config: Path, tmp_path: Path) -> N
     assert result.exit_code == 0, result.exception
     assert {row.steps for row in read_manifest(tmp_path / "other")} == {1}
     assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_lets_go_of_what_is_held_and_the_same_command_goes_on(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    closed: list[bool] = []
+    original = DiffusersEngine.draw
+
+    def terminated(self: DiffusersEngine, *arguments: Any) -> Any:
+        if (tmp_path / "run" / "pictures").is_dir():
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusersEngine, "draw", terminated)
+        patch.setattr(DiffusersEngine, "close", lambda self: closed.append(True))
+        result = run(config, "--only-draw", "--set", "sampling.batch_size=1")
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert closed == [True]
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert 0 < len(read_manifest(tmp_path / "run")) < 4
+    assert run(config, "--only-draw").exit_code == 0
+    assert len(read_manifest(tmp_path / "run")) == 4

@@ -101,13 +101,29 @@ def test_sections_that_make_no_sense_are_refused(tmp_path: Path, changes: dict[s
     [
         (("assess.base_method=bsae",), 'names the method "bsae", which is not there; the nearest is "base"'),
         (('assess.against=["psa"]',), 'names the method "psa", which is not there; the nearest is "PSA, strength 0.5"'),
-        (('assess.against=["PSA"]',), 'the nearest is "PSA, strength'),
+        (("assess.base_method=PSA",), '"PSA", which is there at several strengths: name one of them, such as "PSA, s'),
+        (('assess.against=["PSA"]',), '"PSA", which is there at several strengths: name one of them'),
         (('assess.against=["base", "PSA, strength 0.5", "SLD max", "gone"]',), 'names the method "gone"'),
     ],
 )
 def test_a_method_to_compare_with_has_to_be_one(tmp_path: Path, overrides: Sequence[str], message: str) -> None:
     sweep = method(name="PSA", kind="adapter", paths=["a"], strengths=[0.5, 1.0])
     assert message in problem(tmp_path, LEAST + METHOD + sweep + method(name="SLD", kind="sld"), *overrides)
+
+
+def test_a_strength_of_a_sweep_can_be_what_the_others_are_compared_with(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    sweep = method(name="PSA", kind="adapter", paths=["a"], strengths=[0.5, 1.0])
+    path.write_text(LEAST + sweep + method(name="SLD", kind="sld"), encoding="utf-8")
+    for name in ("PSA, strength 0.5", "SLD max"):
+        assert load_evaluation(path, (f'assess.base_method="{name}"',)).assess.base_method == name
+
+
+def test_a_document_among_the_evaluations_own_files_is_refused(tmp_path: Path) -> None:
+    inside = ("run.output=runs/mine", "assess.document=runs/mine/results.md")
+    said = problem(tmp_path, LEAST + METHOD, *inside)
+    assert "lies in run.output, among the files of the evaluation itself" in said
+    assert "its numbers (results.json) may overwrite: name a file in another folder" in said
 
 
 def test_several_sets_of_pairs_are_a_list(tmp_path: Path) -> None:
@@ -143,4 +159,7 @@ def test_ready_configurations_are_valid(name: str) -> None:
     config = load_evaluation(Path(name))
     kinds = {method.kind for method in config.methods}
     assert {"base", "adapter", "negative_prompt"} <= kinds
-    assert config.users.levels == ("L0", "L1", "L2", "L3", "L4", "L5")
+    assert {"L1", "L3", "L5"} <= set(config.users.levels)  # those that the paper has numbers of
+    # A distance to photographs says something of pictures of their captions alone.
+    published = config.assess.published
+    assert config.assess.fid.reference is None or (published is not None and published.data_set == "COCO-10k")

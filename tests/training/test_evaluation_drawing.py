@@ -5,24 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
-import torch
-from evaluations import BASE, SMOLLM2_DIM, draw, drawn, evaluation, pictures, write_adapter, write_jsonl
+from evaluations import BASE, draw, drawn, evaluation, pictures, write_adapter, write_jsonl
 from miniature_testing import copied, edit, replace
-from torch import Tensor
 
-from comfyui_psa.adapter import EncoderSpec
-from comfyui_psa.profiles import Profile, banned_categories, find_level
-from comfyui_psa.profiles.encoders.attributes import DIM, AttributesEncoder
+from comfyui_psa.profiles import banned_categories, find_level
 from comfyui_psa.training.errors import BaseModelError, DataError, TrainingError
 from comfyui_psa.training.evaluation import drawing
-from comfyui_psa.training.evaluation.engines import embeddings as drawing_embeddings
 from comfyui_psa.training.evaluation.engines.local import DiffusersEngine
 from comfyui_psa.training.evaluation.manifest import read_manifest
 
@@ -274,49 +269,6 @@ def test_a_missing_file_of_a_method_names_the_method(small: Path, tmp_path: Path
     method = {"name": "mine", "kind": kind, "paths": (tmp_path / "gone.safetensors",)}
     with pytest.raises(DataError, match=r"paths of the method mine: There is no file .*gone"):
         draw(evaluation(small, tmp_path / "run", [BASE, method]))
-
-
-class Encoder(AttributesEncoder):
-    """In place of a language model, which has tests of its own: attributes, as wide as SmolLM2's embeddings."""
-
-    def encode(self, profiles: Sequence[Profile]) -> Tensor:
-        return torch.nn.functional.pad(super().encode(profiles), (0, SMOLLM2_DIM - DIM))
-
-
-def test_a_language_models_embeddings_are_read_from_a_folder_or_made_once(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given, name = tmp_path / "given", "HuggingFaceTB/SmolLM2-135M-Instruct"
-    given.mkdir()
-    np.save(given / "L5.npy", np.random.default_rng(0).normal(size=SMOLLM2_DIM).astype(np.float32))
-    adapter = write_adapter(tmp_path / "psa.safetensors", small, encoder=name)
-    methods = [{"name": "PSA", "kind": "adapter", "paths": (adapter,), "strengths": (0.5, 1.0)}]
-    encoded: list[list[str]] = []
-    original = drawing_embeddings.encode_users
-
-    def watched(users: Any, *arguments: Any) -> None:
-        encoded.append(list(users))
-        original(users, *arguments)
-
-    def encoder_of(spec: EncoderSpec, folders: Sequence[Path], _device: torch.device) -> Encoder:
-        assert (spec.kind, spec.name, folders) == ("llm", name, (tmp_path / "LLM",))
-        return Encoder()
-
-    monkeypatch.setattr(drawing_embeddings, "encode_users", watched)
-    monkeypatch.setattr(drawing_embeddings, "encoder_of", encoder_of)
-    settings = {"folders": (tmp_path / "LLM",), "given": given}
-    draw(evaluation(small, tmp_path / "run", methods, embeddings=settings))
-    assert [len(users) for users in encoded] == [1]  # L0; L5 has a file
-    first = drawn(tmp_path / "run")
-    people = {key[3].split("|")[0]: picture for key, picture in first.items()}
-    assert not np.array_equal(people["L0"], people["L5"])
-    alone = {"folders": (tmp_path / "LLM",)}
-    draw(evaluation(small, tmp_path / "run", methods, users={"levels": ("L0",)}, embeddings=alone))
-    again = drawn(tmp_path / "run")
-    assert all(np.array_equal(picture, first[key]) for key, picture in again.items())
-    kept = list((tmp_path / "run" / "embeddings").rglob("*.npy"))
-    assert len(kept) == 1
-    assert kept[0].stat().st_mode & 0o077 == 0
 
 
 @pytest.fixture(scope="module")

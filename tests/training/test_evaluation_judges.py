@@ -10,7 +10,6 @@ from typing import Any
 
 import PIL.Image
 import pytest
-import torch
 from chat_endpoint import Endpoint, Reply, endpoint, said
 from evaluation_testing import (
     PROGRAMMATIC,
@@ -23,16 +22,6 @@ from evaluation_testing import (
     write_evaluation,
 )
 from pydantic import ValidationError
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 
 from comfyui_psa.training.evaluation.assess_config import RemoteJudge
 from comfyui_psa.training.evaluation.judges import preference, verdict
@@ -218,6 +207,63 @@ def test_a_question_that_is_refused_is_counted_apart(tmp_path: Path, status: int
     assert cell(results, "passes (R)", "base")["pictures"] == 4
 
 
+def refusing(running: Endpoint, body: dict[str, Any]) -> Reply:
+    return 400, {}, f'{{"error": "no model m,\n  {KEY}"}}'
+
+
+def test_a_judge_that_refuses_every_question_is_left_out_with_the_endpoints_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    few = small_evaluation(tmp_path / "few", prompts=1, methods=("base",))
+    many = small_evaluation(tmp_path / "many", prompts=4, methods=("base",))
+    with endpoint(refusing) as running:
+        judge = remote(running, key_variable="JUDGE_KEY", parallel=1)
+        for folder, asked in ((few, 6), (many, 8)):
+            results = assessed(folder, judges=[judge, PROGRAMMATIC])
+            assert [one["judge"] for one in results["judges"]] == ["detector"]
+            reason = reasons(results)["R"]
+            assert f"refused all of its first questions, {asked} so far" in reason
+            assert '[status 400: {"error": "no model m, ***"}]' in reason
+
+
+def test_a_judge_that_takes_one_picture_and_never_two_is_kept(tmp_path: Path) -> None:
+    folder = small_evaluation(tmp_path, prompts=1, methods=("base", "PSA"))
+
+    def single(running: Endpoint, body: dict[str, Any]) -> Reply:
+        return said("PASS") if len(images_of(body)) == 1 else (400, {}, "at most 1 image")
+
+    with endpoint(single) as running:
+        for asked in (8 + 4, 4):  # of twelve pictures four are the same for the same person
+            running.asked.clear()
+            (judge,) = assessed(folder, judges=[remote(running)], pairs=50)["judges"]
+            assert (len(running.asked), judge["unusable"], judge["unusable_pairs"]) == (asked, 0, 4)
+
+
+def test_what_was_refused_is_kept_and_asked_again(tmp_path: Path) -> None:
+    folder = small_evaluation(tmp_path, prompts=1, methods=("base",))
+    strict = True
+
+    def filtered(running: Endpoint, body: dict[str, Any]) -> Reply:
+        text = body["messages"][0]["content"][0]["text"]
+        return (422, {}, "too much") if strict and "Person L5" in text else said("PASS")
+
+    with endpoint(filtered) as running:
+        judge = remote(running)
+        for asked in (6, 2):  # a filter that refuses again is no reason to leave the judge out
+            running.asked.clear()
+            (found,) = assessed(folder, judges=[judge])["judges"]
+            assert (len(running.asked), found["asked"], found["unusable"]) == (asked, 6, 2)
+        strict = False
+        for asked in (2, 0):
+            running.asked.clear()
+            (found,) = assessed(folder, judges=[judge])["judges"]
+            assert (len(running.asked), found["asked"], found["unusable"]) == (asked, 6, 0)
+    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [json.loads(line)["answer"] for line in lines if line]
+    assert (answers.count("[status 422: too much]"), answers.count("PASS")) == (4, 6)
+
+
 @pytest.mark.parametrize("url", ["https://me:secret@judge.example/v1", "https://judge.example/v1?key=secret"])
 def test_an_address_with_a_secret_is_refused(url: str) -> None:
     with pytest.raises(ValidationError, match="key_variable"):
@@ -331,67 +377,3 @@ def test_judges_that_read_need_people(tmp_path: Path) -> None:
     assert "users.jsonl" in reasons(results)["R"]
     assert running.asked == []
     assert [judge["judge"] for judge in results["judges"]] == ["detector"]
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vision-language model of LLaVA's architecture with random weights."""
-    folder = tmp_path_factory.mktemp("llava")
-    words = ["<unk>", "<pad>", "<s>", "</s>", "<image>", "PASS", "FAIL", "FIRST", "SECOND", "SAME", "house", "burst"]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    template = (
-        "{% for message in messages %}{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
-        "{% endfor %}{% endfor %}"
-    )
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    LlavaProcessor(
-        images, tokenizer, patch_size=16, vision_feature_select_strategy="default", chat_template=template,
-        num_additional_image_tokens=1,
-    ).save_pretrained(folder)  # fmt: skip
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**small, image_size=32, patch_size=16, projection_dim=16),
-        text_config=LlamaConfig(**small, vocab_size=len(tokenizer), num_key_value_heads=2),
-        image_token_index=4,
-        vision_feature_layer=-1,
-    )
-    torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_local_model_answers_about_pictures(tmp_path: Path, llava: Path, dtype: str) -> None:
-    folder = small_evaluation(tmp_path, prompts=1, methods=("base", "PSA"))
-    judge = {"kind": "local", "name": "L", "model": str(llava), "dtype": dtype, "max_new_tokens": 4}
-    results = assessed(folder, judges=[judge], pairs=50)
-    assert "L" not in reasons(results)
-    (found,) = results["judges"]
-    assert (found["asked"], found["asked_pairs"]) == (12, 4)
-    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines() if line]
-    assert {len(one["images"]) for one in rows} == {1, 2}
-    # Without sampling the same is said again.
-    (folder / "answers.jsonl").rename(folder / "before.jsonl")
-    assessed(folder, judges=[judge], pairs=50)
-    assert (folder / "answers.jsonl").read_bytes() == (folder / "before.jsonl").read_bytes()
-
-
-def test_a_folder_without_a_model_is_a_reason(tmp_path: Path) -> None:
-    folder = small_evaluation(tmp_path / "run", prompts=1, methods=("base",))
-    (tmp_path / "empty").mkdir()
-    judges = [
-        {"kind": "local", "name": "nowhere", "model": str(tmp_path / "nowhere")},
-        {"kind": "local", "name": "empty", "model": str(tmp_path / "empty")},
-        {"kind": "programmatic", "detector": str(tmp_path / "none.safetensors")},
-    ]
-    found = reasons(assessed(folder, judges=judges))
-    assert "there is no folder" in found["nowhere"]
-    assert "holds no model" in found["empty"]
-    assert "none.safetensors" in found["detector"]
-    assert "none.safetensors" in found["the detector's counts"]

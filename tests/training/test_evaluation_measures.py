@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchvision.models import alexnet
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from comfyui_psa.training.evaluation.measures.clip import Clip
+from comfyui_psa.training.evaluation.measures.fid import Fid
 from comfyui_psa.training.miniature import MINIATURE
 from comfyui_psa.training.miniature.detector import load_detector
 from comfyui_psa.training.miniature.pixels import to_pixels
@@ -162,6 +167,34 @@ def test_q16_of_another_size_is_left_out(two: Path, clip: Path, tmp_path: Path) 
     results = assessed(two, q16={"model": str(clip), "prompts": str(tmp_path / "prompts.pth")})
     assert "[2, 5]" in reasons(results)["inappropriate (Q16)"]
     assert "[2, 8]" in reasons(results)["inappropriate (Q16)"]
+
+
+def test_q16s_own_pickle_is_not_opened_and_the_way_to_convert_it_is_said(two: Path, clip: Path, tmp_path: Path) -> None:
+    learnt = np.stack([embedded(clip, two / f"{name}.png", "")[0].numpy() for name in ("base-0", "other-1")])
+    (tmp_path / "prompts.p").write_bytes(pickle.dumps(learnt.astype(np.float16)))
+    results = assessed(two, q16={"model": str(clip), "prompts": str(tmp_path / "prompts.p")})
+    said = reasons(results)["inappropriate (Q16)"]
+    assert "if it is Q16's prompts.p and you trust it" in said
+    command = shlex.split(said[said.index("python -c") :])
+    subprocess.run([sys.executable, *command[1:]], check=True, timeout=60)
+    results = assessed(two, q16={"model": str(clip), "prompts": str(tmp_path / "prompts.safetensors")})
+    assert cell(results, "inappropriate (Q16)", "other", seen="unseen", asked="banned")["value"] == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_a_measure_for_which_memory_runs_out_is_left_out(
+    two: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def too_much(*_: Any) -> Any:
+        raise error("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(Clip, "get_image_features", too_much)
+    monkeypatch.setattr(Fid, "_features", too_much)
+    fid = {"reference": str(two), "extractor": "detector", "minimum": 2}
+    results = assessed(two, clip={"model": str(clip)}, fid=fid)
+    for name in ("CLIPScore", "FID"):
+        assert "memory ran out while it was measured: lower assess.batch_size" in reasons(results)[name]
+    assert {one["measure"] for one in results["measures"]} == {"SSIM to the base"}
 
 
 def test_nudenet_looks_with_its_own_weights(two: Path) -> None:

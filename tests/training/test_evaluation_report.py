@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import pytest
@@ -148,66 +149,6 @@ def test_the_page_and_the_numbers_agree(folder: Path) -> None:
     assert {one["measure"] for one in results["measures"]} == {one["measure"] for one in results["cells"]}
 
 
-def test_published_numbers_are_marked_and_only_of_the_same_data_set(folder: Path, tmp_path: Path) -> None:
-    text = (folder / "report.md").read_text(encoding="utf-8")
-    assert "| SLD | 18.2 | published |" in text
-    assert "| PSA L5 | 11.9 | published |" in text
-    # The detector's shares are no shares by Q16 or NudeNet: nothing of ours stands beside them.
-    assert "measured here" not in text
-    other = small_evaluation(tmp_path / "a", prompts=1)
-    assessed(other, published={"data_set": "COCO-10k", "base": "SDXL"})
-    coco = (other / "report.md").read_text(encoding="utf-8")
-    assert "| PSA L5 | 34.15 | 34.30 | published |" in coco
-    assessed(other, nudenet={"enabled": True}, published={"data_set": "Sage unseen", "base": "SD1.5"})
-    sage = (other / "report.md").read_text(encoding="utf-8")
-    assert re.search(r"\| PSA, L5 \| 0\.0 \(.*\) \(NudeNet\) alone \|  \|  \| measured here \|", sage)
-    assert re.search(r"\| PSA \|  \| 87\.4 \| 77\.4 \| published \|", sage)
-    assessed(other)
-    assert "published" not in (other / "report.md").read_text(encoding="utf-8")
-
-
-def test_people_of_another_set_do_not_stand_beside_what_was_published_of_prompts(tmp_path: Path) -> None:
-    rows = []
-    for seen, glyphs in ((None, ()), (False, ("Hate",))):
-        person = {"user": f"{seen}", "seen": seen, "level": None if seen is False else "L5", "banned": ("Hate",)}
-        for number in range(4):
-            draw_picture(tmp_path / f"{seen}-{number}.png", glyphs, seed=number)
-            rows.append(row(f"{seen}-{number}.png", prompt_id=f"{seen}-{number}", category="Hate", **person))
-    folder = write_evaluation(tmp_path, rows)
-    nudenet = {"enabled": True}
-    for data_set, ours, others in (
-        ("I2P", "base, L5", "base, bans some"),
-        ("Sage unseen", "base, bans some", "base, L5"),
-    ):
-        assessed(folder, nudenet=nudenet, published={"data_set": data_set, "base": "SD1.5"})
-        text = (folder / "report.md").read_text(encoding="utf-8")
-        chapter = text.split("## Beside the paper")[1].split("##")[0]
-        assert f"| {ours} |" in chapter
-        assert f"| {others} |" not in chapter
-
-
-def test_pass_and_win_rates_stand_beside_the_published_ones(tmp_path: Path) -> None:
-    rows = []
-    for method in ("base", "PSA"):
-        for seen in (True, False):
-            for number in range(4):
-                image = f"{method}-{seen}-{number}.png"
-                # Seen people get from PSA what they allow, and two of four unseen ones, too.
-                gone = method == "PSA" and (seen or number < 2)
-                draw_picture(tmp_path / image, () if gone else ("Hate",), seed=number)
-                person = {"user": f"{seen}-{number}", "seen": seen, "banned": ("Hate",), "prompt_id": str(number)}
-                rows.append(row(image, method, category="Hate", **person))
-    folder = write_evaluation(tmp_path, rows)
-    for data_set, columns in (
-        ("Sage", r"\| 100\.0 [^|]+ \| 50\.0 [^|]+ \| 100\.0 [^|]+ \| 75\.0 [^|]+ \|"),
-        ("Sage unseen", r"\| 50\.0 [^|]+ \| 75\.0 [^|]+ \|"),
-    ):
-        assessed(folder, judges=[PROGRAMMATIC], pairs=20, published={"data_set": data_set, "base": "SD1.5"})
-        text = (folder / "report.md").read_text(encoding="utf-8")
-        assert re.search(r"\| PSA, everyone \|  " + columns + " measured here", text)
-    assert "| PSA |  | 87.4 | 77.4 | published |" in text
-
-
 def test_trainings_with_other_seeds_are_told_apart_in_the_document(tmp_path: Path) -> None:
     rows = []
     for method, runs in (("base", 1), ("PSA", 3)):
@@ -250,6 +191,23 @@ def test_levels_are_shown_of_methods_that_know_them(tmp_path: Path) -> None:
     assert "blind 0: the same prompts" not in report
 
 
+def test_levels_beside_seen_and_unseen_people_are_named(tmp_path: Path) -> None:
+    rows = []
+    for seen in (True, False, None):
+        draw_picture(tmp_path / f"{seen}.png", ("Hate",))
+        level = "L0" if seen is None else None
+        person = {"user": level or f"{seen}", "level": level, "seen": seen}
+        rows.append(row(f"{seen}.png", category="Hate", **person))
+    assessed(write_evaluation(tmp_path, rows), judges=[PROGRAMMATIC])
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    (header, *_) = [line for line in report.split("## Over-blocking")[1].splitlines() if line.startswith("| method |")]
+    columns = [column.strip() for column in header.split("|")]
+    assert {"everyone, seen", "everyone, unseen", "everyone, levels"} <= set(columns)
+    assert "everyone" not in columns
+    settings = report.split("## Settings")[1].split("##")[0]
+    assert settings.count("| base |") == settings.count("| base model | drawings 0123 |") == 1
+
+
 def test_unequal_settings_are_said(tmp_path: Path) -> None:
     rows = []
     for method, steps in (("base", 10), ("other", 20)):
@@ -257,6 +215,35 @@ def test_unequal_settings_are_said(tmp_path: Path) -> None:
         rows.append(row(f"{method}.png", method, steps=steps))
     assessed(write_evaluation(tmp_path, rows))
     assert "Not equal: " in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("broken", ["comfyui_psa.training.evaluation.report.make_chapters", "PIL.Image.Image.quantize"])
+def test_an_interrupted_report_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    folder = small_evaluation(tmp_path / "run", prompts=1)
+    document = tmp_path / "docs" / "read.md"
+    settings = {"judges": [PROGRAMMATIC], "pairs": 10, "document": document}
+    assessed(folder, **settings)
+    pictures = [*tmp_path.rglob("figures/*.png"), *tmp_path.rglob("images/read/*.png")]
+    written = [document, *folder.glob("report.*"), *pictures]
+    before = {path: path.read_bytes() for path in written}
+    assert len(before) > 8
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            assessed(folder, **settings, title="Another")
+    assert {path: path.read_bytes() for path in written} == before
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
+    for stale in (folder / "figures" / "gone.png", document.parent / "images" / "read" / "gone.png"):
+        stale.write_bytes(b"")
+    assessed(folder, **settings)
+    assert all(path.is_file() for path in written)
+    assert not list(tmp_path.rglob("gone.png"))
 
 
 def test_unreadable_pictures_are_named_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -308,6 +295,32 @@ def test_without_the_base_there_is_still_a_report(tmp_path: Path) -> None:
     results = assessed(folder, judges=[PROGRAMMATIC], pairs=10, against=["static"])
     (compared,) = results["judges"][0]["compared"]
     assert (compared["method"], compared["against"]) == ("PSA", "static")
+
+
+def test_a_strength_can_be_what_the_others_are_compared_with(tmp_path: Path) -> None:
+    rows = []
+    for method, strength in (("base", 1.0), ("PSA", 0.5), ("PSA", 1.0)):
+        for number in range(3):
+            image = f"{method}-{strength}-{number}.png"
+            draw_picture(tmp_path / image, seed=number + int(10 * strength))
+            adapter = "PSA 1" if method == "PSA" else None
+            about = {"strength": strength, "adapter": adapter, "seen": None, "banned": ("Hate",)}
+            category = "Hate" if number == 2 else "harmless"
+            rows.append(row(image, method, category=category, prompt_id=str(number), **about))
+    folder = write_evaluation(tmp_path, rows)
+    base = "PSA, strength 0.5"
+    results = assessed(folder, judges=[PROGRAMMATIC], pairs=10, base_method=base)
+    assert list(results["methods"]) == [base, "base", "PSA, strength 1"]
+    (judge,) = results["judges"]
+    assert {(one["method"], one["against"]) for one in judge["compared"]} == {("base", base), ("PSA, strength 1", base)}
+    likeness = {one["method"]: one["value"] for one in results["cells"] if one["measure"] == "SSIM to the base"}
+    assert likeness.keys() == {"base", "PSA, strength 1"}
+    # Strength 0 would be the model alone, and the base here is an adapter.
+    points = [[point["name"] for point in curve["points"]] for curve in results["calibration"]]
+    assert ["0.5", "1"] in points
+    assert all("0 (base)" not in names for names in points)
+    with pytest.raises(TrainingError, match=r'"PSA", which is there at several strengths: name one of them'):
+        assessed(folder, base_method="PSA")
 
 
 def test_answers_that_cannot_be_written_are_an_error_in_words(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 
+from ...adapter import EncoderSpec
 from ...profiles import Profile
 from ...profiles.embedding import SUFFIXES
 from ...profiles.encoders import llm_identity
@@ -59,7 +60,13 @@ def loaded_users(
     Raises:
         DataError: the folder belongs to another encoder than the configuration's, or its embeddings differ in length.
     """
-    _check_encoder(folder, section)
+    check_encoder(
+        folder,
+        encoder_spec(section),
+        "data.encoder",
+        "The adapter would name that one as its own: set data.encoder to the one of the folder, or make the embeddings "
+        "again.",
+    )
     states = {name: _file_states(folder, name) for name in {*table["user_id"][:], *extra}}
     users = set(table["user_id"][:])
     names = sorted(name for name in states if name in users or any(states[name]))
@@ -112,9 +119,12 @@ def _state(path: Path) -> list[int] | None:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _check_encoder(folder: Path, section: EncoderSection) -> None:
-    """Refuse embeddings that say that they are from another encoder: the adapter would name the wrong one."""
-    spec = encoder_spec(section)
+def check_encoder(folder: Path, spec: EncoderSpec, asking: str, advice: str) -> None:
+    """Refuse a folder of embeddings that says that they are from another encoder than that of ``asking``.
+
+    Raises:
+        DataError: they are, or the folder cannot be asked; the message ends with ``advice``.
+    """
     expected = spec.name if spec.template is None else llm_identity(spec.name, spec.template)
     path = folder / IDENTITY_FILE
     try:
@@ -125,8 +135,7 @@ def _check_encoder(folder: Path, section: EncoderSection) -> None:
         raise DataError(f"{path} is damaged: expected what `psa encode` writes. Make the embeddings again.") from None
     if found != expected:
         raise DataError(
-            f"The embeddings in {folder} come from the encoder {found}, and data.encoder is {expected}, which the "
-            "adapter would name as its own. Set data.encoder to the one of the folder, or make the embeddings again."
+            f"The embeddings in {folder} come from the encoder {found}, and {asking} is {expected}. {advice}"
         )
 
 

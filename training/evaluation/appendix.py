@@ -52,7 +52,8 @@ def settings(results: Results) -> Iterator[Part]:
     pictures = [shown.picture for shown in results.gallery.pictures]
     for name in ("base", "engine", "steps", "guidance_scale", "width", "height"):
         found = sorted({str(getattr(picture, name)) for picture in pictures})
-        rows.append([name.replace("_", " "), few(found)])
+        # A method may be called "base", too.
+        rows.append(["base model" if name == "base" else name.replace("_", " "), few(found)])
     rows.append(["seeds", f"{min(p.seed for p in pictures)} to {max(p.seed for p in pictures)}"])
     for label in results.gallery.labels:
         made = [shown.picture for shown in results.gallery.of(label)]

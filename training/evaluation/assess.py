@@ -18,7 +18,7 @@ from .calibration import Values, curves, over_blocking
 from .compliance import judge_all
 from .gallery import Gallery, Shown, incomplete, open_gallery
 from .judges import make_judges
-from .measures import Q16, LeftOut, Measure, Missing, NudeNet, make_fid, make_measures
+from .measures import NO_MEMORY, Q16, LeftOut, Measure, Missing, NudeNet, make_fid, make_measures, no_memory
 from .parts import count
 from .report import write_report
 from .results import About, Results, pass_name
@@ -63,7 +63,12 @@ def measure(gallery: Gallery, settings: AssessSettings, progress: Progress) -> R
     task = progress.add_task("Measuring", total=len(measures) + 1, state="")
     for one in measures:
         progress.update(task, state=one.name)
-        found = _values(one, gallery.pictures)
+        try:
+            found = _values(one, gallery.pictures)
+        except NO_MEMORY:
+            left_out.append(no_memory(one.name))
+            progress.update(task, advance=1)
+            continue
         if any(value is not None for value in found):
             values[one.name] = found
             tables[one.name] = tabulate(gallery.pictures, found, one.proportions, settings.seed, settings.resamples)
@@ -77,7 +82,10 @@ def measure(gallery: Gallery, settings: AssessSettings, progress: Progress) -> R
         tables[EITHER] = tabulate(gallery.pictures, values[EITHER], True, settings.seed, settings.resamples)
         about[EITHER] = about[Q16.name]
     progress.update(task, state="FID")
-    name, table, refused = _fid(gallery, settings, device)
+    try:
+        name, table, refused = _fid(gallery, settings, device)
+    except NO_MEMORY:
+        name, table, refused = "FID", {}, [no_memory("FID")]
     left_out += refused
     if table:
         tables[name], about[name] = table, About("lower", "quality", False, prompts_for("quality", name, gallery))
@@ -113,9 +121,8 @@ def measure(gallery: Gallery, settings: AssessSettings, progress: Progress) -> R
 
 
 def _check_methods(gallery: Gallery, settings: AssessSettings) -> None:
-    methods = {shown.picture.method for shown in gallery.pictures}
-    if "base_method" in settings.model_fields_set and settings.base_method not in methods:
-        raise TrainingError(f"{unknown_method('base_method', settings.base_method, sorted(methods))}.")
+    if "base_method" in settings.model_fields_set and settings.base_method not in gallery.labels:
+        raise TrainingError(f"{unknown_method('base_method', settings.base_method, gallery.labels)}.")
     for name in settings.against:
         if name not in gallery.labels:
             raise TrainingError(f"{unknown_method('against', name, gallery.labels)}.")

@@ -112,7 +112,13 @@ class PublishedSection(Section):
 
 
 def unknown_method(key: str, name: str, known: Collection[str]) -> str:
-    """Return what to say of a method that is named in the settings and is not there."""
+    """Return what to say of a method that is named in the settings and is not there, or at several strengths."""
+    strengths = [other for other in known if other.startswith(f"{name}, strength ")]
+    if strengths:
+        return (
+            f'assess.{key} names the method "{name}", which is there at several strengths: name one of them, such as '
+            f'"{strengths[0]}"'
+        )
     begin = [other for other in known if other.casefold().startswith(name.casefold())]  # a strength may be missing
     alike = difflib.get_close_matches(name.casefold(), [other.casefold() for other in known], n=1, cutoff=0.0)
     near = begin or [other for other in known if other.casefold() in alike]
@@ -122,7 +128,7 @@ def unknown_method(key: str, name: str, known: Collection[str]) -> str:
 class AssessSettings(Section):
     """Everything that happens after the pictures exist."""
 
-    base_method: str = Field("base", description="what the others are compared with")
+    base_method: str = Field("base", description="what the others are compared with, as the report names it")
     device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1" ...')
     batch_size: PositiveInt = 32
     seed: int = Field(0, description="of the bootstrap")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .gallery import is_level
 from .parts import Part, Text, View, percent
 from .published import INAPPROPRIATE, passes, published, wins
 from .results import Results, pass_name
@@ -32,6 +33,11 @@ def beside_the_paper(results: Results) -> Iterator[Part]:
         "Inappropriate there: by Q16 or NudeNet. Where ours is by one of them alone, it says so, and is no more than a "
         "lower bound."
     )
+    if _of_people(results):
+        yield Text(
+            "Rows of Sage say nothing of what their people ban: unless they have Banned_Categories, this pack's rules "
+            "decide it from the profiles. Ours and theirs may differ in that."
+        )
 
 
 def _ours(results: Results, label: str, people: str, column: str) -> str:
@@ -54,25 +60,35 @@ def _measured(results: Results, label: str, people: str, column: str) -> str:
     if column == INAPPROPRIATE:
         names = (EITHER,) if EITHER in results.tables else ("inappropriate (Q16)", "inappropriate (NudeNet)")
     for name in names:
-        for seen in _populations(results):
-            prompts = ALL if column == INAPPROPRIATE or name not in results.about else results.about[name].prompts
-            words = results.find(name, Cell(label, people, seen, prompts))
-            if words:
-                return words if name in (EITHER, column) else f"{words} {name.removeprefix('inappropriate ')} alone"
+        prompts = ALL if column == INAPPROPRIATE or name not in results.about else results.about[name].prompts
+        words = results.find(name, Cell(label, people, _population(results, people), prompts))
+        if words:
+            return words if name in (EITHER, column) else f"{words} {name.removeprefix('inappropriate ')} alone"
     return ""
 
 
-def _populations(results: Results) -> tuple[str, ...]:
-    """Return whose pictures are of the published data set.
+def _of_people(results: Results) -> bool:
+    """Return whether the published data set has people of its own."""
+    section = results.settings.published
+    return section is not None and section.data_set.startswith("Sage")
+
+
+def _population(results: Results, people: str) -> str:
+    """Return which people's pictures are of the published data set, for all of them or a group.
 
     Sage has people of its own, and prompts of the other sets belong to nobody: where there are both, each stands beside
-    its own.
+    its own. Levels stand beside Sage if they were asked for what its people ask for.
     """
     known = {shown.seen for shown in results.gallery.pictures}
-    section = results.settings.published
-    of_people = section is not None and section.data_set.startswith("Sage")
-    first, second = ("unseen", "") if of_people else ("", "unseen")
-    return (first if first in known else second,)
+    if _of_people(results) and not (is_level(people) and _levels_ask_the_same(results)):
+        return "unseen" if "unseen" in known else ""
+    return "" if "" in known else "unseen"
+
+
+def _levels_ask_the_same(results: Results) -> bool:
+    pictures = results.gallery.pictures
+    theirs = {shown.picture.prompt_id for shown in pictures if shown.seen == "unseen"}
+    return {shown.picture.prompt_id for shown in pictures if is_level(shown.people)} <= theirs
 
 
 def _cell(results: Results, label: str, people: str, seen: str) -> Cell:

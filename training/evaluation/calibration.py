@@ -100,8 +100,10 @@ def curves(gallery: Gallery, values: Mapping[str, Values], seed: int, resamples:
                 (f"{strength:g}", [row.of_banned() for row in rows if row.shown.label == label])
                 for strength, label in family.items()
             ]
-            if 0.0 not in family and gallery.of(gallery.base):
-                base = [row.of_banned() for row in rows if row.shown.label == gallery.base]
+            # Strength 0 is the model alone: a base that is an adapter itself is none.
+            plain = [row for row in rows if row.shown.label == gallery.base and row.shown.picture.adapter is None]
+            if 0.0 not in family and plain:
+                base = [row.of_banned() for row in plain]
                 if quality == _ITSELF:
                     base = [row._replace(quality=1.0) for row in base]
                 groups.insert(0, ("0 (base)", base))

@@ -255,6 +255,7 @@ def _over_blocking(results: Results, figures: Path) -> Iterator[Part]:
     if plot_shares(results, [(f"Missing, for people: {people}", source, "allowed")], path, people, turned=True):
         yield Figure(path, f"How often something allowed is missing, for people: {people}")
     columns = dict.fromkeys((str(row["people"]), str(row["seen"])) for row in rows)
+    split = any(seen for _, seen in columns)
     for measure in dict.fromkeys(str(row["measure"]) for row in rows):
         found = {
             (row["method"], (row["people"], row["seen"])): percent(
@@ -264,7 +265,7 @@ def _over_blocking(results: Results, figures: Path) -> Iterator[Part]:
             if row["measure"] == measure
         }
         yield View(
-            ["method", *(", ".join(filter(None, column)) for column in columns)],
+            ["method", *(_group(results, *column, split) for column in columns)],
             [[label, *(found.get((label, column), "") for column in columns)] for label in results.gallery.labels],
             f"Missing, counted by: {measure}",
         )
@@ -272,6 +273,12 @@ def _over_blocking(results: Results, figures: Path) -> Iterator[Part]:
         "Something sensitive was asked for that this person does not ban, and it is not there (or, by a judge, the "
         "picture does not pass). For people who ban nothing, everything above the base's share is over-blocking."
     )
+
+
+def _group(results: Results, people: str, seen: str, split: bool) -> str:
+    """Return who is counted; where there are seen and unseen people (``split``), everyone else is named, too."""
+    rest = others(results.gallery) if split and people == EVERYONE else ""
+    return ", ".join(filter(None, (people, seen or rest)))
 
 
 def _grids(results: Results, figures: Path) -> Iterator[Part]:

@@ -151,8 +151,15 @@ class MethodSection(Section):
         return self
 
     def titles(self) -> tuple[str, ...]:
-        """Return the names under which its pictures are reported."""
+        """Return the names under which its pictures are drawn."""
         return tuple(f"{self.name} {degree}" for degree in self.degrees) if self.kind == "sld" else (self.name,)
+
+    def labels(self) -> tuple[str, ...]:
+        """Return what reports call it: a name for each strength, if it has several."""
+        strengths = dict.fromkeys(self.strengths)
+        if len(strengths) == 1:
+            return self.titles()
+        return tuple(f"{self.name}, strength {strength:g}" for strength in strengths)
 
 
 class EmbeddingsSection(Section):
@@ -217,20 +224,23 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _methods_are_there(self) -> EvaluationConfig:
-        titles = [title for method in self.methods for title in method.titles()]
-        sweeps = [
-            f"{method.name}, strength {strength:g}"
-            for method in self.methods
-            for strength in method.strengths
-            if len(set(method.strengths)) > 1
-        ]
+        labels = [label for method in self.methods for label in method.labels()]
         # The name that is nobody's choice may be that of no method.
-        if "base_method" in self.assess.model_fields_set and self.assess.base_method not in titles:
-            raise ValueError(unknown_method("base_method", self.assess.base_method, titles))
-        plain = [title for title in titles if not any(sweep.startswith(f"{title}, strength ") for sweep in sweeps)]
-        for name in self.assess.against:
-            if name not in (*plain, *sweeps):
-                raise ValueError(unknown_method("against", name, (*plain, *sweeps)))
+        chosen = [self.assess.base_method] if "base_method" in self.assess.model_fields_set else []
+        for key, names in (("base_method", chosen), ("against", self.assess.against)):
+            for name in names:
+                if name not in labels:
+                    raise ValueError(unknown_method(key, name, labels))
+        return self
+
+    @model_validator(mode="after")
+    def _document_lies_elsewhere(self) -> EvaluationConfig:
+        document = self.assess.document
+        if document is not None and document.resolve().parent == self.run.output.resolve():
+            raise ValueError(
+                f"assess.document = {document} lies in run.output, among the files of the evaluation itself, which it "
+                f"or its numbers ({document.stem}.json) may overwrite: name a file in another folder"
+            )
         return self
 
     @model_validator(mode="after")

@@ -96,7 +96,8 @@ class Gallery:
 def open_gallery(folder: Path, base: str) -> Gallery:
     """Read a folder's manifest, its people and, once, every picture.
 
-    ``base`` is the method that the others are compared with. Pictures that are missing or cannot be read are listed.
+    ``base`` is the label of the method that the others are compared with. Pictures that are missing or cannot be read
+    are listed.
 
     Raises:
         DataError: the manifest or the people's file is missing or damaged, the manifest names no picture, or none of
@@ -118,8 +119,8 @@ def open_gallery(folder: Path, base: str) -> Gallery:
     labels = _labels(rows)
     bases: dict[str, Shown] = {}
     for row in rows:
-        if row.method == base and row.image not in unreadable and row.case not in bases:
-            bases[row.case] = Shown(row, folder / row.image, labels[_made(row)], about.get(row.user))
+        if labels[_made(row)] == base and row.image not in unreadable and row.case not in bases:
+            bases[row.case] = Shown(row, folder / row.image, base, about.get(row.user))
     pictures = tuple(
         Shown(row, folder / row.image, labels[_made(row)], about.get(row.user), bases.get(row.case))
         for row in rows

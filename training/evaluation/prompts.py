@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,9 @@ from .manifest import HARMLESS
 
 Content = Literal["named", "implied"]
 SUFFIXES = (".jsonl", ".csv", ".toml")
+_I2P_SEED = "sd_seed"  # a column of the published file of I2P
+
+logger = logging.getLogger(__name__)
 
 
 class Asked(BaseModel):
@@ -141,8 +145,19 @@ def _jsonl(path: Path) -> Iterator[Any]:
 
 
 def _csv(path: Path) -> Iterator[Any]:
+    """Yield the rows with the columns that are ours: published tables have others, too."""
     try:
-        yield from csv.DictReader(io.StringIO(read_text(path)), strict=True)
+        rows = csv.DictReader(io.StringIO(read_text(path)), strict=True)
+        names = rows.fieldnames or ()
+        # What a row has too much lies under None, and is refused.
+        columns: dict[str | None, str | None] = {None: None}
+        columns |= {name: name for name in names if name in Asked.model_fields}
+        if "seed" not in columns and _I2P_SEED in names:
+            columns[_I2P_SEED] = "seed"
+        if ignored := [name for name in names if name not in columns]:
+            logger.warning("PSA: columns of %s that are not read: %s", path.name, ", ".join(ignored))
+        for row in rows:
+            yield {columns[name]: value for name, value in row.items() if name in columns}
     except csv.Error as error:
         raise DataError(f"{path} cannot be read as CSV ({error}). Correct it and try again.") from None
 

@@ -1,7 +1,7 @@
 """``report.html`` and ``report.md``: what an evaluation found, from the same chapters.
 
 The page has its pictures inside and asks nobody for anything; the Markdown file names those in ``figures/``. A second
-Markdown file may be written for a folder of documents.
+Markdown file may be written for a folder of documents. An earlier report stays until all of the new one is made.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import base64
 import json
 import re
+import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import PIL.Image
@@ -35,39 +37,69 @@ def write_report(folder: Path, results: Results) -> Path:
     Raises:
         OSError: something cannot be written.
     """
-    shutil.rmtree(folder / FIGURES, ignore_errors=True)  # those of an earlier report
-    chapters = make_chapters(results, folder / FIGURES)
-    for name, template in ((MARKDOWN, "report.md.jinja"), (PAGE, "report.html.jinja")):
-        _write(folder / name, _render(template, results, chapters, lambda path: path.relative_to(folder).as_posix()))
-    if results.settings.document is not None:
-        _write_document(results.settings.document, results, chapters, folder / FIGURES)
+    document = results.settings.document
+    with _new_pictures(folder / FIGURES) as figures:
+        chapters = make_chapters(results, figures)
+        texts = {
+            folder / name: _render(template, results, chapters, FIGURES)
+            for name, template in ((MARKDOWN, "report.md.jinja"), (PAGE, "report.html.jinja"))
+        }
+        if document is not None:
+            texts |= _document(document, results, chapters)
+            with _new_pictures(_beside(document)) as images:
+                _reduce(figures, images)
+    for path, text in texts.items():
+        with replacing(path) as aside:
+            aside.write_text(text, encoding="utf-8")
     return folder / PAGE
 
 
-def _write_document(document: Path, results: Results, chapters: list[Chapter], figures: Path) -> None:
-    """Write what people read, without the chapter of all numbers; its pictures, of a palette, and numbers beside it."""
-    images = document.parent / "images" / document.stem
-    images.mkdir(parents=True, exist_ok=True)
-    for earlier in images.glob("*.png"):
-        earlier.unlink()
-    for figure in figures.glob("*.png"):
-        with PIL.Image.open(figure) as image, replacing(images / figure.name) as aside:
-            # Bright signs are in few pixels: other ways to choose 256 colours leave them out.
-            palette = image.convert("RGB").quantize(256, PIL.Image.Quantize.FASTOCTREE)
-            palette.save(aside, "PNG", optimize=True)
+@contextmanager
+def _new_pictures(folder: Path) -> Iterator[Path]:
+    """Yield a folder aside; if the block succeeds, the pictures in it take the place of all those in ``folder``."""
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        folder.mkdir(exist_ok=True)
+        names = {picture.name for picture in aside.iterdir()}
+        for name in names:
+            (aside / name).replace(folder / name)
+        for earlier in folder.glob("*.png"):
+            if earlier.name not in names:
+                earlier.unlink()
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _document(document: Path, results: Results, chapters: list[Chapter]) -> dict[Path, str]:
+    """Return what people read, without the chapter of all numbers, and the numbers of its first table."""
     shown = results.shown((measure, asked) for _, measure, asked in headline(results))
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in shown)
-    _write(document.with_suffix(".json"), f"[\n{lines}\n]\n")
     read = [chapter for chapter in chapters if chapter.title != ALL_NUMBERS]
-    _write(document, _render("report.md.jinja", results, read, lambda path: f"images/{document.stem}/{path.name}"))
+    images = _beside(document).relative_to(document.parent).as_posix()
+    return {
+        document.with_suffix(".json"): f"[\n{lines}\n]\n",
+        document: _render("report.md.jinja", results, read, images),
+    }
 
 
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+def _beside(document: Path) -> Path:
+    """Return where a document's pictures lie."""
+    return document.parent / "images" / document.stem
 
 
-def _render(template: str, results: Results, chapters: list[Chapter], beside: Callable[[Path], str]) -> str:
+def _reduce(figures: Path, images: Path) -> None:
+    """Write each figure with a palette, a fraction as large."""
+    for figure in figures.glob("*.png"):
+        with PIL.Image.open(figure) as image:
+            # Bright signs are in few pixels: other ways to choose 256 colours leave them out.
+            palette = image.convert("RGB").quantize(256, PIL.Image.Quantize.FASTOCTREE)
+            palette.save(images / figure.name, "PNG", optimize=True)
+
+
+def _render(template: str, results: Results, chapters: list[Chapter], images: str) -> str:
+    """Return a text in which pictures are named in the folder ``images``, or stand themselves."""
     environment = Environment(
         loader=PackageLoader(__package__ or "", "templates"),
         autoescape=template.endswith(".html.jinja"),
@@ -79,7 +111,7 @@ def _render(template: str, results: Results, chapters: list[Chapter], beside: Ca
     environment.filters["number"] = _number
     environment.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", "\\|")
     environment.filters["data"] = lambda path: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-    environment.filters["beside"] = beside
+    environment.filters["beside"] = lambda path: f"{images}/{path.name}"
     return environment.get_template(template).render(title=results.settings.title, chapters=chapters)
 
 

@@ -11,6 +11,8 @@ from accelerate import PartialState
 from torch import Tensor
 
 from ....adapter import EncoderSpec
+from ....profiles.embedding import SUFFIXES
+from ...data.user_embeddings import check_encoder
 from ...data.users import encode_users, encoder_of, load_user_embedding
 from ..config import EmbeddingsSection
 from ..people import Person
@@ -33,7 +35,7 @@ class Embeddings:
         """Make the embeddings of people for an encoder, or read them.
 
         Raises:
-            DataError: there is no such encoder, or a file is damaged.
+            DataError: there is no such encoder, a file is damaged, or the given embeddings are of another encoder.
             EncoderError: the language model is not there, or cannot be read.
         """
         new = [person for person in people if (spec, person.user) not in self._known]
@@ -43,6 +45,7 @@ class Embeddings:
             encoder = encoder_of(spec, self._section.folders, torch.device("cpu"))
             vectors = encoder.encode([person.profile for person in new])
         else:
+            self._check_given(spec)
             vectors = torch.stack([self._from_language_model(spec, person) for person in self._encoded(spec, new)])
         self._known.update({(spec, person.user): vector for person, vector in zip(new, vectors, strict=True)})
 
@@ -53,6 +56,16 @@ class Embeddings:
     def key(self, spec: EncoderSpec, person: Person) -> str:
         """Return a hash of a prepared embedding."""
         return hashlib.sha256(self._known[spec, person.user].numpy().tobytes()).hexdigest()[:16]
+
+    def _check_given(self, spec: EncoderSpec) -> None:
+        # An adapter that does not tell its template may be of any encoder of that name.
+        if self._section.given is not None and spec.template is not None:
+            check_encoder(
+                self._section.given,
+                spec,
+                "that of an adapter here",
+                "Set embeddings.given to a folder of that one, or leave it out, so that people are encoded.",
+            )
 
     def _encoded(self, spec: EncoderSpec, people: list[Person]) -> list[Person]:
         """See to it that all of them have a file; the main process encodes those that have none."""
@@ -71,8 +84,9 @@ class Embeddings:
 
     def _given(self, person: Person) -> Path | None:
         folder = self._section.given
-        there = folder is not None and any(folder.glob(f"{person.user}.*"))
-        return folder if there else None
+        if folder is not None and any((folder / f"{person.user}{suffix}").is_file() for suffix in SUFFIXES):
+            return folder
+        return None
 
     def _place(self, spec: EncoderSpec) -> Path:
         return self._folder / hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Judges' raw answers, kept beside the manifest: what was answered is not asked again."""
+"""Judges' raw answers, kept beside the manifest: what was answered is not asked again, what was refused is."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from rich.progress import Progress
 
 from ...errors import TrainingError
-from .judge import Judge, Question
+from .judge import Judge, JudgeStopped, Question, is_refusal
 
 ANSWERS = "answers.jsonl"
+_TRIED = 8  # as many refusals before any answer say that a judge takes no question at all
 
 
 class Answers:
@@ -23,24 +24,27 @@ class Answers:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read what is there; a line that was cut off is asked again."""
+        """Read what is there; a refusal and a line that was cut off are asked again."""
         self._folder = folder
         self._path = folder / ANSWERS
         self._known: dict[str, str] = {}
+        self._heard: set[str] = set()  # judges that have answered something
         self._digests: dict[Path, str] = {}
         if self._path.is_file():
             for line in self._path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     row = json.loads(line)
-                    self._known[str(row["key"])] = str(row["answer"])
+                    key, answer = str(row["key"]), str(row["answer"])
                 except (ValueError, LookupError, TypeError):
                     continue
+                if not is_refusal(answer):
+                    self._known[key] = answer
 
     def of(self, judge: Judge, questions: Sequence[Question], progress: Progress) -> list[str]:
         """Return a judge's answers, asking only what is not known; each is written as it comes.
 
         Raises:
-            JudgeStopped: the judge cannot go on. What it answered before is kept.
+            JudgeStopped: the judge cannot go on, or takes no question. What it answered before is kept.
             TrainingError: the file cannot be written. What is in it is kept.
         """
         keys = [self._key(judge, question) for question in questions]
@@ -50,12 +54,22 @@ class Answers:
         if new:
             if self._path.is_file() and self._path.stat().st_size:
                 self._write("\n")  # behind a line that was cut off
-            for (key, question), answer in zip(new.items(), judge.answer(list(new.values())), strict=True):
+            heard = judge.identity in self._heard or len(new) < len(set(keys))
+            replies = zip(new.items(), judge.answer(list(new.values())), strict=True)
+            for asked, ((key, question), answer) in enumerate(replies, start=1):
                 images = [path.relative_to(self._folder).as_posix() for path in question.images]
                 row = {"key": key, "judge": judge.name, "images": images, "answer": answer}
                 self._write(json.dumps(row, ensure_ascii=False) + "\n")
                 self._known[key] = answer
+                heard = heard or not is_refusal(answer)
+                if not heard and asked == min(_TRIED, len(new)):
+                    raise JudgeStopped(
+                        f"it refused all of its first questions, {asked} so far (the last: {answer}): check the "
+                        "name of the model, whether it takes pictures, and what the endpoint allows. The same command "
+                        "asks again"
+                    )
                 progress.update(task, advance=1)
+        self._heard.add(judge.identity)
         return [self._known[key] for key in keys]
 
     def _write(self, text: str) -> None:

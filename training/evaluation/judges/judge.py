@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ..gallery import Shown
+
+_REFUSAL = re.compile(r"\[status \d+.*\]")
 
 
 class Question(NamedTuple):
@@ -30,7 +33,7 @@ class Judge(Protocol):
         """Return the question which of two pictures for one person and prompt is better."""
 
     def answer(self, questions: Sequence[Question]) -> Iterator[str]:
-        """Yield what the judge says to each question, as it came.
+        """Yield what the judge says to each question, as it came; ``refusal`` where it does not take one.
 
         Raises:
             JudgeStopped: it cannot go on.
@@ -39,3 +42,13 @@ class Judge(Protocol):
 
 class JudgeStopped(Exception):  # noqa: N818 - a judge is left out, the rest goes on
     """A judge gives no answers any more; the message says why."""
+
+
+def refusal(status: int, detail: str) -> str:
+    """Return what stands for the answer to a question that an endpoint refuses, in one line."""
+    return f"[status {status}{': ' if detail else ''}{detail}]"
+
+
+def is_refusal(answer: str) -> bool:
+    """Return whether an answer is a refusal, which the next run asks for again."""
+    return _REFUSAL.fullmatch(answer) is not None

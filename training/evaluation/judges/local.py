@@ -30,7 +30,7 @@ class LocalModel:
         """Load the model and its processor; nothing is downloaded.
 
         Raises:
-            Missing: there is no such folder, or transformers cannot open it.
+            Missing: there is no such folder, transformers cannot open it, or a Python package is not there.
         """
         if not config.model.is_dir():
             raise Missing(f"there is no folder {config.model} with a vision-language model: correct the judge's model")
@@ -43,6 +43,8 @@ class LocalModel:
                 .to(device)
             )
             self._processor = AutoProcessor.from_pretrained(config.model, local_files_only=True)
+        except ImportError as error:
+            raise Missing(_lacking(config.model, error)) from None
         except DAMAGE as error:
             raise Missing(
                 f"{config.model} holds no model for images and text that transformers can open "
@@ -64,6 +66,8 @@ class LocalModel:
         for question in questions:
             try:
                 yield self._answer(question)
+            except ImportError as error:
+                raise JudgeStopped(_lacking(self._config.model, error)) from None
             except DAMAGE as error:
                 raise JudgeStopped(
                     f"the model in {self._config.model} cannot be run ({error!r:.200}): try another dtype, "
@@ -84,6 +88,12 @@ class LocalModel:
         out = self._model.generate(**inputs, max_new_tokens=self._config.max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
         return str(self._processor.batch_decode(new, skip_special_tokens=True)[0])
+
+
+def _lacking(folder: Path, error: ImportError) -> str:
+    """Return in words which package a model needs; transformers names it in its message alone."""
+    said = " ".join(str(error).split())
+    return f"the model in {folder} needs a Python package that is not installed ({said:.200}): install it"
 
 
 def _weights(folder: Path) -> str:

@@ -22,7 +22,7 @@ from ..assess_config import RemoteJudge
 from ..gallery import Shown
 from ..measures.measure import Missing
 from . import questions
-from .judge import JudgeStopped, Question
+from .judge import JudgeStopped, Question, refusal
 
 _REFUSED = (400, 422)
 _BUSY = 429
@@ -79,9 +79,9 @@ class RemoteModel:
                     return self._without_key(_content(response, self._config.url))
                 reason, wait = f"status {response.status_code}", _asked_wait(response)
                 if response.status_code != _BUSY and response.status_code < 500:
+                    detail = self._detail(response)
                     if response.status_code in _REFUSED:  # this question alone: a filter for sensitive content, say
-                        return f"[{reason}]"
-                    detail = self._without_key(response.text)[:200]
+                        return refusal(response.status_code, detail)
                     raise JudgeStopped(
                         f"{self._config.url} refused a question ({reason}: {detail}): check the model's name, "
                         "the key and what the endpoint allows"
@@ -109,6 +109,10 @@ class RemoteModel:
             # A redirect would take the question, and with it the person, to another address.
             allow_redirects=False,
         )
+
+    def _detail(self, response: requests.Response) -> str:
+        """Return what an endpoint says of itself, short and in one line."""
+        return " ".join(self._without_key(response.text).split())[:200]
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text

@@ -121,8 +121,22 @@ class Q16:
 
 def _read_tensor(path: Path) -> Tensor:
     what = "Q16's two embeddings"
-    found = read_weights(path, what)
+    found = read_weights(path, what, _advice(path))
     tensors = list(found.values()) if isinstance(found, dict) else [found]
     if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
         raise Missing(f"{path} does not hold {what} as one tensor: get that file again")
     return tensors[0]
+
+
+def _advice(path: Path) -> str:
+    """Return what to do with a file that holds no tensors, such as the pickle that Q16 publishes."""
+    again = "get that file again"
+    target = path.with_suffix(".safetensors")
+    if path == target:
+        return again
+    learnt = f"numpy.array(pickle.load(open('{path.as_posix()}', 'rb')), 'float32')"
+    return (
+        f"{again}; or, if it is Q16's prompts.p and you trust it (a pickle may run any program), make tensors of it, "
+        'and name these in assess.q16.prompts: python -c "import numpy, pickle, safetensors.numpy as s; '
+        f"s.save_file({{'prompts': {learnt}}}, '{target.as_posix()}')\""
+    )

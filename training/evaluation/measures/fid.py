@@ -145,7 +145,10 @@ class _DetectorFeatures(nn.Module):
 
 def _inception(config: FidSection) -> Extractor:
     if config.weights is None:
-        raise Missing("no Inception weights are stated: set assess.fid.weights to torch-fidelity's file (.pth)")
+        raise Missing(
+            "no Inception weights are stated: set assess.fid.weights to torch-fidelity's file, "
+            "weights-inception-2015-12-05-6726825d.pth"
+        )
     what = "torch-fidelity's Inception weights"
     read_weights(config.weights, what)  # torch-fidelity unpickles anything: only a file of mere tensors is handed to it
     try:

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
+
 from ..gallery import Shown
 
 Better = Literal["higher", "lower"]
 # What a measure says something about.
 Aspect = Literal["safety", "banned", "allowed", "quality", "likeness"]
+
+# What a measure raises where a device or the machine has no room for it.
+NO_MEMORY: tuple[type[Exception], ...] = (torch.cuda.OutOfMemoryError, MemoryError)
 
 
 class Measure(Protocol):
@@ -35,3 +40,8 @@ class LeftOut:
 
     name: str
     reason: str
+
+
+def no_memory(name: str) -> LeftOut:
+    """Return that memory ran out while something was measured."""
+    return LeftOut(name, "memory ran out while it was measured: lower assess.batch_size, or set another assess.device")

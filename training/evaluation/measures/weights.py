@@ -15,8 +15,12 @@ from .measure import Missing
 DAMAGED: tuple[type[Exception], ...] = (*DAMAGE, pickle.UnpicklingError)
 
 
-def read_weights(path: Path, what: str) -> Any:
-    """Return what a file holds; raise Missing, naming ``what`` was expected, if it is not there or damaged."""
+def read_weights(path: Path, what: str, advice: str = "get that file again") -> Any:
+    """Return what a file holds.
+
+    Raises:
+        Missing: it is not there, or does not hold ``what``; then the message ends with ``advice``.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -24,7 +28,7 @@ def read_weights(path: Path, what: str) -> Any:
     except FileNotFoundError:
         raise Missing(f"there is no file {path} with {what}: correct its path") from None
     except DAMAGED as error:
-        raise Missing(f"{path} does not hold {what} ({_first_line(error)}): get that file again") from None
+        raise Missing(f"{path} does not hold {what} ({_first_line(error)}): {advice}") from None
 
 
 def _first_line(error: Exception) -> str:
