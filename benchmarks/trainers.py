@@ -131,7 +131,7 @@ class PSATrainer:
         accelerator = Accelerator(cpu=setting.device == "cpu")
         policy = Policy(unet, DDPMScheduler(), adapter)
         validation = Validation(accelerator, {}, pairs=1, batch_size=1)
-        self._trainer = Trainer(config, accelerator, policy, adapter, self, validation)
+        self._trainer = Trainer(config, accelerator, policy, adapter, self, validation, made_from={})
         self._steps = self._trainer.steps(StopSignals())
         self._batch: PairBatch
 
@@ -144,7 +144,7 @@ class PSATrainer:
             rejected=torch.randn(pairs, 4, size, size),
             noise=torch.randn(pairs, 4, size, size),
             timesteps=torch.randint(1000, (pairs,)),
-            text=torch.randn(pairs, TOKENS, 2048 if sdxl else 768),
+            text=torch.randn(pairs, TOKENS, self._family.unet["cross_attention_dim"]),
             embedding=torch.randn(pairs, EMBEDDING_DIM),
             dropped=torch.zeros(pairs, dtype=torch.bool),
             pooled=torch.randn(pairs, 1280) if sdxl else None,
@@ -160,10 +160,6 @@ class PSATrainer:
     def training(self, _first: int, _size: int) -> PairBatch:
         """Stand in for the trainer's ``Batches``."""
         return self._batch
-
-    def digest(self) -> str:
-        """Stand in for the trainer's ``Batches``."""
-        return "benchmark"
 
     def step(self, batch: PairBatch) -> float:
         """Take one optimizer step; return the loss."""

@@ -32,12 +32,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Batches to train on, batches to look at by name, and users for the columns of image grids."""
+    """Batches to train on, batches to look at by name, and users for the columns of image grids.
+
+    ``left_out`` counts the rows that cannot be used, by the setting that names their source.
+    """
 
     cached: CachedPairs
     train: Batches
     validation: Mapping[str, Batches]
     grid_users: Mapping[str, Tensor]
+    left_out: Mapping[str, int]
 
     @property
     def users(self) -> tuple[str, ...]:
@@ -79,15 +83,17 @@ def prepare_data(
     splits = {
         name: batches(cached, mixed(indices)) for name, indices in (("seen", split.seen), ("unseen", split.unseen))
     }
+    left_out = {"data.train": len(cached.skipped)}
     for name, path in (("seen", validation.seen), ("unseen", validation.unseen)):
         if looking and path is not None:
             other = build_cache(config, path, base, (), {}, state, progress)
             splits[name] = batches(other, mixed(range(len(other))))
+            left_out[f"validation.{name}"] = len(other.skipped)
             if name == "unseen":
                 _check_unseen({cached.row_users[i] for i in split.train}, set(other.users), config)
     validated = {name: found for name, found in splits.items() if found.indices}
     return TrainingData(
-        cached, batches(cached, split.train), validated, grid_users or dict(_grid_users(config, cached))
+        cached, batches(cached, split.train), validated, grid_users or dict(_grid_users(config, cached)), left_out
     )
 
 
@@ -144,7 +150,7 @@ def _history(config: TrainConfig, base: BaseModel, data: TrainingData) -> dict[s
         "user_dropout": config.loss.user_dropout,
         "prompt_dropout": config.loss.prompt_dropout,
         **_beyond_the_paper(config.loss),
-        "steps": config.run.steps,
+        "steps": 0,  # the trainer counts them
         "seed": config.run.seed,
         "version": version("personalized-safety-alignment"),
     }

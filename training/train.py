@@ -261,7 +261,7 @@ def _facts(config: TrainConfig, accelerator: Accelerator, data: TrainingData, tr
         "pairs per step": str(trainer.pairs_per_step),
         "training pairs": f"{len(data.train.indices)} of {len(data.users)} users",
         **{f"{name} pairs": f"{len(batches.indices)}" for name, batches in data.validation.items()},
-        "rows left out": str(len(data.cached.skipped)),
+        **{f"rows of {source} left out": str(count) for source, count in data.left_out.items()},
         "base model": config.model.base.name,
         "devices": f"{accelerator.num_processes} x {accelerator.device.type}",
         "torch": torch.__version__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from interrupted_runs import (
     terminate,
     write_config,
 )
-from training_runs import adapter_file, checkpoint, run
+from training_runs import adapter_file, checkpoint, metrics, run
 
 from comfyui_psa.training.base import open_base
 from comfyui_psa.training.config import TrainConfig
@@ -138,6 +139,27 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(
     run(resumed(config))
     assert_same_end(config, whole)
     assert [path.name for path in checkpoint(config, 0).parent.iterdir()] == ["step-000005"]
+
+
+def test_a_kill_after_going_back_does_not_mix_two_runs(
+    workplace: Workplace, whole: TrainConfig, tmp_path: Path
+) -> None:
+    config = workplace.config(tmp_path / "run")
+    shutil.copytree(whole.run.output, config.run.output)
+    before = folder_bytes(checkpoint(config, 5))
+    interrupt(resumed(config, str(checkpoint(config, 2))), 3, kill)
+    folder = checkpoint(config, 0).parent
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step-000002",
+        "step-000004.taken-back",
+        "step-000005.taken-back",
+    ]
+    assert folder_bytes(folder / "step-000005.taken-back") == before  # nothing is lost before the next save
+
+    run(resumed(config))
+    assert [line["step"] for line in metrics(config)] == [1, 2, 3, 4, 5]
+    assert_same_end(config, whole)
+    assert steps_kept(config) == [2, 4, 5]
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(

@@ -137,19 +137,22 @@ def test_a_user_without_embedding_is_an_error_that_names_the_row(
 def test_a_broken_image_is_an_error_that_names_the_row_or_a_reported_exception(
     bases: dict[str, Base], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = marked_split(tmp_path / "data")
-    broken = data / "000004_rejected.png"
-    broken.write_bytes(broken.read_bytes()[:200])
+    data, seen = marked_split(tmp_path / "data"), marked_split(tmp_path / "seen")
+    for broken in (data / "000004_rejected.png", seen / "000004_rejected.png", seen / "000006_chosen.png"):
+        broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(DataError, match=r"row 5 of metadata.jsonl: .*000004_rejected.png cannot be read as an image"):
         train_tiny(bases["sd"], data, tmp_path / "run", {})
 
-    settings = {"data.max_skipped": 1, "run.steps": 1}
+    looking = {"validation.every": 1, "validation.pairs": 1, "validation.seen": seen, "validation.unseen_users": 0.0}
+    settings = {"data.max_skipped": 2, "run.steps": 1, **looking}
     found = train_tiny(bases["sd"], data, tmp_path / "run", settings, report=True)
-    (record,) = [record for record in caplog.records if "left out" in record.message]
-    assert "000004_rejected.png" in record.message
+    messages = [record.message for record in caplog.records if "left out" in record.message]
+    names = ["000004_rejected.png", "000004_rejected.png", "000006_chosen.png"]
+    assert all(name in message for name, message in zip(names, messages, strict=True))
     assert load_adapter(adapter_file(found.config)).config.training["pairs"] == ROWS - 1
     report = (found.config.run.output / "training_report.md").read_text(encoding="utf-8")
-    assert "| rows left out | 1 |" in report
+    assert "| rows of data.train left out | 1 |" in report
+    assert "| rows of validation.seen left out | 2 |" in report
 
 
 @pytest.mark.parametrize(

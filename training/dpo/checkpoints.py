@@ -26,6 +26,7 @@ ADAPTER = "adapter.safetensors"
 _FOLDER = "checkpoints"
 _STATE = "state.json"
 _PARTS = "parts.pt"
+_TAKEN_BACK = ".taken-back"
 _NAME = re.compile(r"step-\d+")
 _DAMAGE: tuple[type[Exception], ...] = (*DAMAGE, pickle.UnpicklingError)
 
@@ -172,10 +173,10 @@ class Checkpoints:
         return folder
 
     def resume(self) -> Progress:
-        """Load the checkpoint that the configuration names into everything that accelerate holds.
+        """Load the checkpoint that the configuration names into everything that accelerate holds; take later ones back.
 
         Raises:
-            TrainingError: as ``start`` does.
+            TrainingError: as ``start`` does, or later ones cannot be renamed.
         """
         folder = self.start()
         if folder is None:
@@ -197,7 +198,10 @@ class Checkpoints:
             raise _damaged(folder, error) from None
         # A saved step is whole. accelerate would go on counting micro-batches, and cut steps of another number wrongly.
         self._accelerator.step = 0
-        return Progress(state["step"], state["samples"])
+        progress = Progress(state["step"], state["samples"])
+        if self._accelerator.is_main_process:
+            self._take_back(progress)
+        return progress
 
     def _check_nothing_is_replaced(self) -> None:
         run, adapter = self._config.run, self._config.run.output / f"{self._config.adapter.name}.safetensors"
@@ -225,12 +229,25 @@ class Checkpoints:
                     "model, data, split, adapter, optimizer, noises and seed, or start a new run in another run.output."
                 )
 
+    def _take_back(self, progress: Progress) -> None:
+        """Rename later checkpoints, of a run that is given up: they are never the latest, and a save removes them."""
+        for path in [path for path in self._all() if _step(path) > progress.step]:
+            aside = path.with_name(f"{path.name}{_TAKEN_BACK}")
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+            except OSError as error:
+                raise TrainingError(
+                    f"{path} is later than step {progress.step}, from which this run goes on, and cannot be renamed "
+                    f"({error.strerror}). Make {self._folder} writable."
+                ) from None
+
     def _prune(self, newest: Path) -> None:
-        """Remove the oldest, and what a run that went on from before them had saved: ``newest`` is the latest."""
+        """Remove the oldest, what was taken back, and remains of later ones: ``newest`` is the latest."""
         paths = sorted(self._all(), key=_step)
         until_now = [path for path in paths if _step(path) <= _step(newest)]
         kept = until_now[-(self._config.run.checkpoints_total_limit or len(until_now)) :]
-        for path in paths:
+        for path in (*paths, *self._folder.glob(f"step-*{_TAKEN_BACK}")):
             if path not in kept:
                 _remove(path)
 

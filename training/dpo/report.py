@@ -101,7 +101,7 @@ def _summary(config: TrainConfig, lines: Lines) -> str:
     if not lines:
         return (
             f"**Nothing was logged:** `{METRICS}` is missing or empty, so there are no curves. A run writes its first "
-            f"line when it is validated before step 1, and then every {config.tracking.every} steps."
+            f"line when it is validated before step 1, and then every {config.tracking.every} steps and at its end."
         )
     step, steps = lines[-1]["step"], config.run.steps
     done = f"All {steps:,} steps were done" if step >= steps else f"Logged up to step {step:,} of {steps:,}"

@@ -113,13 +113,13 @@ class Trainer:
             self.progress = Progress(self.progress.step + 1, self.progress.samples + self.pairs_per_step)
             step = self.progress.step
             state = {"gradient_norm": norm, "learning_rate": rate, "pairs_per_second": counted / seconds}
-            if step % tracking.every == 0:
+            ended = step == run.steps
+            if ended or step % tracking.every == 0:
                 self._log(step, self._summary(self._unlogged.take()) | state | self._adapter_values())
                 seconds, counted = 0.0, 0
-            last = step == run.steps or stopped
-            if last or step % run.checkpoint_every == 0:
+            if ended or stopped or step % run.checkpoint_every == 0:
                 self._checkpoints.save(self.progress, self.adapter())
-            if self.config.validation.every and (step % self.config.validation.every == 0 or step == run.steps):
+            if self.config.validation.every and (ended or step % self.config.validation.every == 0):
                 self._validate()
             yield StepReport(self.progress, self._summary(table) | state)
 
@@ -129,7 +129,8 @@ class Trainer:
             state = self.accelerator.get_state_dict(self.effects)
             if not self.accelerator.is_main_process:
                 return None
-            adapter = PSAAdapter(self.adapter_config)
+            training = {**self.adapter_config.training, "steps": self.progress.step}
+            adapter = PSAAdapter(self.adapter_config.model_copy(update={"training": training}))
             # Within the block: the state shares memory with the weights, which get their own values back after it.
             adapter.load_state_dict({name.removeprefix("adapter."): value for name, value in state.items()})
         return adapter.requires_grad_(False).eval()
