@@ -39,13 +39,19 @@ def apply_psa(
         region: where in the picture it acts; everywhere without one.
 
     Raises:
-        AdapterError: adapter or compiled profile do not fit the model or each other, or the range is empty.
+        AdapterError: adapter or compiled profile do not fit the model or each other, the range is empty, or all of the
+            curve is 0.
         EncoderError: the embedding is from another encoder than the adapter's.
     """
     if start_percent >= end_percent:
         raise AdapterError(
             f"Apply PSA would never act: start_percent {start_percent:g} is not before end_percent {end_percent:g}. "
             "Set a range, or strength 0 if the base model is what you want."
+        )
+    if strength and not curve.peak:
+        raise AdapterError(
+            "Apply PSA would never act: all strengths of its list are 0. Set one above 0, or strength 0 if the base "
+            "model is what you want."
         )
     sites = find_sites(model.model.diffusion_model)
     if adapter is not None:

@@ -295,7 +295,7 @@ def test_one_number_is_a_flat_curve(model: ModelPatcher, adapters: dict[str, PSA
     assert difference(run(patched), run(apply_psa(model, adapters[kind], users(0), 0.5))) < ROUNDING
 
 
-@pytest.mark.parametrize("strengths", [[-1.0], [float("inf")], [], ["much"]])
+@pytest.mark.parametrize("strengths", [[-1.0], [float("inf")], [], ["much"], [0.0, 0.0]])
 def test_other_strengths_are_refused(
     model: ModelPatcher, adapters: dict[str, PSAAdapter], strengths: list[float] | float
 ) -> None:
