@@ -70,7 +70,10 @@ class TextSpec(Spec):
     @model_validator(mode="after")
     def _sizes_fit(self) -> TextSpec:
         if self.form == "mlp" and self.num_tokens != 1:
-            raise ValueError(f'the form "mlp" takes one user token, and num_tokens is {self.num_tokens}')
+            raise ValueError(
+                f'the form "mlp" takes one user token, and num_tokens is {self.num_tokens}: leave it out, or name the '
+                'form "attention"'
+            )
         if self.form == "attention" and self.inner_dim % self.heads:
             raise ValueError(f"inner_dim {self.inner_dim} is no multiple of heads {self.heads}")
         return self

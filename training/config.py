@@ -105,7 +105,7 @@ class AdapterSection(Section):
 
     kinds: tuple[Kind, ...] = Field(("constant",), min_length=1, description="constant (the paper), gated, text")
     gated: GatedSpec = GatedSpec()
-    text: TextSpec = Field(TextSpec(), description="sizes; pooled_dim is the base model's own")
+    text: TextSpec = Field(TextSpec(form="mlp"), description="sizes; pooled_dim is the base model's own")
     name: str = Field("psa_adapter", pattern=r"^[\w][\w.-]*$", description="the file name, without ending")
     null: NullMode = "zero_embedding"
     standardise: bool = Field(True, description="standardise user embeddings; false is the paper")
@@ -115,6 +115,11 @@ class AdapterSection(Section):
     @classmethod
     def _each_once(cls, value: tuple[Kind, ...]) -> tuple[Kind, ...]:
         return tuple(kind for kind in get_args(Kind) if kind in value)
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _form_that_did_best(cls, value: Any) -> Any:
+        return {"form": "mlp", **value} if isinstance(value, dict) else value
 
     @field_validator("text")
     @classmethod

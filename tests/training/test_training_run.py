@@ -97,7 +97,7 @@ def test_the_paper_settings_without_null_user_leave_the_unconditional_half_alone
     assert torch.equal(adapter.embedding_std, torch.ones(37))
 
 
-ATTENTION = {"num_tokens": 3, "token_dim": 8, "inner_dim": 8, "heads": 2}
+ATTENTION = {"form": "attention", "num_tokens": 3, "token_dim": 8, "inner_dim": 8, "heads": 2}
 KINDS = {
     "text": (("text",), "none", ATTENTION),
     "text, mlp": (("text",), "none", {"form": "mlp", "token_dim": 8, "inner_dim": 8}),
@@ -215,6 +215,8 @@ def test_the_adapter_describes_itself(runs: dict[str, Run], split: Path) -> None
         text = json.dumps(history)
         assert "/" not in text
         assert "qanzibel" not in text
+        earlier = load_adapter(checkpoint(found.config, 1) / "adapter.safetensors").config
+        assert earlier.training == history | {"steps": 1}
         last = load_adapter(checkpoint(found.config, STEPS) / "adapter.safetensors")
         assert last.config == config
         assert all(torch.equal(tensor, last.state_dict()[name]) for name, tensor in adapter.state_dict().items())
