@@ -37,10 +37,19 @@ app.command()(train)
 app.command()(users)
 
 
+def _is_png(path: Path) -> Path:
+    """Refuse, before anything is drawn, a sheet that its own counts would replace."""
+    if path.suffix != ".png":
+        raise typer.BadParameter(f"{path} is no .png file. Name one; the counts go beside it.")
+    return path
+
+
 @app.command()
 def demo(
     comfyui: Annotated[Path, typer.Option(help="The folder of a ComfyUI (with main.py).", envvar="COMFYUI_PATH")],
-    output: Annotated[Path, typer.Option(help="The contact sheet to write.")] = Path("demo_output/levels.png"),
+    output: Annotated[Path, typer.Option(callback=_is_png, help="The contact sheet to write.")] = Path(
+        "demo_output/levels.png"
+    ),
     pictures: Annotated[int, typer.Option(min=1, help="Of each prompt; all count, the sheet shows the first.")] = 4,
 ) -> None:
     """Run "First steps" in a real ComfyUI for the base and the levels L0 to L5, and draw a contact sheet."""

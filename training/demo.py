@@ -50,16 +50,17 @@ class Asked:
 
 @dataclass(frozen=True)
 class Shown:
-    """An adapter that comes with the miniature: its file, what it is, and what is added to its sheet's name."""
+    """An adapter that comes with the miniature: its file, what it is, what its sheet's name ends with, its strength."""
 
     file: str
     title: str
     suffix: str
+    strength: float
 
 
 ADAPTERS = (
-    Shown("psa_miniature.safetensors", "on the text side", ""),
-    Shown("psa_miniature_constant.safetensors", "the paper's form", "_constant"),
+    Shown("psa_miniature.safetensors", "on the text side", "", 0.5),  # respects as much as 1, nearer to the base
+    Shown("psa_miniature_constant.safetensors", "the paper's form", "_constant", 1.0),
 )
 PROMPTS = (
     Asked("a tree in the snow", "tree", None, None),
@@ -106,37 +107,38 @@ def _draw_all(comfyui: Path, detector: Detector, number: int, console: Console) 
         with ComfyUIServer(comfyui, prepare_base(Path(folder))) as server:
             workflow = to_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), server.get("/object_info"))
 
-            def draw(what: str, level: Level | None = None, adapter: str = "") -> Pictures:
+            def draw(what: str, level: Level | None = None, shown: Shown | None = None) -> Pictures:
                 progress.update(task, description=f"Drawing {what}")
                 found = []
                 for asked in PROMPTS:
-                    prompt = level_prompt(workflow, asked.prompt, level, adapter, number)
+                    prompt = level_prompt(workflow, asked.prompt, level, shown, number)
                     found.append(_draw(server, detector, prompt))
                     progress.advance(task)
                 return found
 
             base = draw("the base model")
             return {
-                shown: [base, *(draw(f"{level.id}, {shown.title}", level, shown.file) for level in levels())]
+                shown: [base, *(draw(f"{level.id}, {shown.title}", level, shown) for level in levels())]
                 for shown in ADAPTERS
             }
 
 
-def level_prompt(workflow: Prompt, text: str, level: Level | None, adapter: str, pictures: int) -> Prompt:
-    """Return the workflow with a text, a level, an adapter's file and a number of pictures.
+def level_prompt(workflow: Prompt, text: str, level: Level | None, shown: Shown | None, pictures: int) -> Prompt:
+    """Return the workflow with a text, a level, an adapter and a number of pictures.
 
-    Without a level, Apply PSA is taken out of the model's chain.
+    Without a level and an adapter, Apply PSA is taken out of the model's chain.
     """
     prompt = deepcopy(workflow)
     sampler = _only(prompt, "KSampler")
     sampler["seed"] = SEED
     prompt[sampler["positive"][0]]["inputs"]["text"] = text
     _only(prompt, "EmptyLatentImage")["batch_size"] = pictures
-    if level is None:
+    if level is None or shown is None:
         sampler["model"] = _only(prompt, "PSAApply")["model"]
     else:
         _only(prompt, "PSASafetyLevel")["level"] = level.label
-        _only(prompt, "PSALoadAdapter")["adapter_name"] = adapter
+        _only(prompt, "PSALoadAdapter")["adapter_name"] = shown.file
+        _only(prompt, "PSAApply")["strength"] = shown.strength
     return prompt
 
 

@@ -64,6 +64,13 @@ def _glyphs_left(counts: dict[str, dict[str, int]]) -> int:
     return kept + sum(value["of"] - value["pictures"] for name, value in counts.items() if "gone" in name)
 
 
+def test_a_sheet_that_its_counts_would_replace_is_refused_at_once(tmp_path: Path) -> None:
+    result = psa("demo", "--comfyui", tmp_path, "--output", tmp_path / "levels.json")
+    assert result.returncode == 2
+    assert "is no .png file" in result.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_folder_without_comfyui_is_refused_at_once(tmp_path: Path) -> None:
     result = psa("demo", "--comfyui", tmp_path)
     assert result.returncode == 1
