@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -17,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .config import EncoderSection
+from .cores import usable_cores
 from .errors import DataError, TrainingError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _SHOWN = 10
 def check_data(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Sage split folder, or a datasets folder.")],
     embeddings: Annotated[Path | None, typer.Option(help="The folder of <User_ID>.npy, if you train with one.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that read images.")] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read images.")] = usable_cores(),
 ) -> None:
     """Read a whole set of preference pairs and report what is in it; exit code 1 if it cannot be trained on."""
     with _training_parts():

@@ -26,7 +26,20 @@ _Base = Annotated[Path, typer.Option(help="The miniature's folder.")]
 _Models = Annotated[
     list[Path] | None, typer.Option(help="A folder of language models, for adapters that name one (repeatable).")
 ]
+_FirstPhrases = Annotated[bool, typer.Option(help="What is implied is so by the first phrase of its category alone.")]
 _MODELS = (Path("models/LLM"),)
+
+
+def _is_json(path: Path) -> Path:
+    """Refuse, before anything is drawn, a file that what is written beside it would replace."""
+    if path.suffix != ".json":
+        raise typer.BadParameter(f"{path} is no .json file. Name one; tables and plots go beside it.")
+    return path
+
+
+_Results = Annotated[
+    Path, typer.Option(callback=_is_json, help="The results to write, .json; tables and plots go beside it.")
+]
 
 
 @miniature_app.command("train-base")
@@ -50,12 +63,13 @@ def draw_pairs(
     people: Annotated[int, typer.Option(min=2, help="How many simulated people they belong to.")] = PEOPLE,
     seed: _Seed = SEED,
     static: Annotated[bool, typer.Option(help="Everybody bans everything, for a static adapter.")] = False,
+    first_phrases: _FirstPhrases = False,
 ) -> None:
     """Draw preference pairs of the drawn world in Sage's format."""
     with _recipe() as progress:
-        from .miniature.pairs import draw_folder
+        from .miniature.pairs import Style, draw_folder
 
-        draw_folder(output, pairs, people, seed, static, progress)
+        draw_folder(output, pairs, people, seed, Style(static, first_phrases), progress)
 
 
 @miniature_app.command("train-adapter")
@@ -63,6 +77,7 @@ def train_adapter(
     base: _Base = MINIATURE,
     work: Annotated[Path, typer.Option(help="Pairs, cache and results go here.")] = Path("runs/miniature"),
     static: Annotated[bool, typer.Option(help="Everybody bans everything: the static baseline.")] = False,
+    first_phrases: _FirstPhrases = False,
     name: Annotated[str | None, typer.Option(help="Of the run and its file; another run needs another one.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the training; the pairs stay the same.")] = None,
     overrides: Annotated[
@@ -74,9 +89,10 @@ def train_adapter(
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with _recipe() as progress:
         from .miniature.adapters import train_adapter as recipe
+        from .miniature.pairs import Style
 
         with interruptions(console):
-            recipe(base, work, static, name, changes, console, progress)
+            recipe(base, work, Style(static, first_phrases), name, changes, console, progress)
 
 
 @miniature_app.command()
@@ -85,7 +101,7 @@ def evaluate(
         list[str],
         typer.Argument(metavar="[NAME=]ADAPTER...", help="Adapters; the same name stands for other seeds of one."),
     ],
-    output: Annotated[Path, typer.Option(help="The results to write, .json; the tables go beside it.")],
+    output: _Results,
     base: _Base = MINIATURE,
     static: Annotated[Path | None, typer.Option(help="A static adapter to compare with.")] = None,
     per_cell: Annotated[int, typer.Option(min=2, help="Pictures in each cell.")] = 300,
@@ -118,7 +134,7 @@ def evaluate(
 
 @miniature_app.command()
 def ablation(
-    output: Annotated[Path, typer.Option(help="The results to write, .json; tables and curves go beside it.")],
+    output: _Results,
     plan: Annotated[
         Path | None, typer.Option(help="What to train and to compare, by default training/miniature/ablation.toml.")
     ] = None,

@@ -27,6 +27,7 @@ from .cases import draw_cases
 from .evaluation import Outcome, draw_all, studios
 from .kept import Kept
 from .methods import Method
+from .pairs import Style
 from .recipe import DETECTOR
 
 # Paul Tol's bright scheme, told apart by people who see colours differently; then other marks and lines as well.
@@ -44,9 +45,10 @@ _CURVES = (
 
 
 class Variant(Section):
-    """What differs from ``configs/miniature.toml``, as ``section.key=value``."""
+    """What differs from ``configs/miniature.toml``, as ``section.key=value``; and the pairs, see ``Style``."""
 
     set: tuple[str, ...]
+    first_phrases: bool = False
 
 
 class Ablation(Section):
@@ -126,7 +128,9 @@ def _train(
         *variant.set,
     ]
     # Other settings, or another base, are another training, whatever it is called.
-    made_of = repr((load_config(Path("miniature"), settings), open_base(base).fingerprint("unet")))
+    style = Style(first_phrases=variant.first_phrases)
+    pairs = (style.name,) if variant.first_phrases else ()
+    made_of = repr((load_config(Path("miniature"), settings), open_base(base).fingerprint("unet"), *pairs))
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     run = f"{slug}-{seed}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
     folder = work / "ablation" / run
@@ -134,7 +138,7 @@ def _train(
     if not target.is_file():
         going_on = ["run.resume=latest"] if any(folder.glob("checkpoints/step-*")) else []
         console.print(f"{name}, seed {seed}", markup=False)
-        train_adapter(base, work, False, f"ablation/{run}", [*settings, *going_on], console, progress)
+        train_adapter(base, work, style, f"ablation/{run}", [*settings, *going_on], console, progress)
     return target
 
 

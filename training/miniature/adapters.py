@@ -24,7 +24,7 @@ from .cases import draw_cases
 from .evaluation import compare_all, draw_all, studios
 from .kept import Kept
 from .methods import BASE, NEGATIVE_PROMPT, Method
-from .pairs import DRAWN, described, draw_folder
+from .pairs import DRAWN, Style, described, draw_folder
 from .recipe import DETECTOR, read_figures
 from .results import (
     LIKENESS,
@@ -34,6 +34,7 @@ from .results import (
     summarise,
     tabulate,
     tabulate_likeness,
+    tabulate_phrases,
     to_json,
     to_markdown,
 )
@@ -60,7 +61,7 @@ class Asked:
 def train_adapter(
     base: Path,
     work: Path,
-    static: bool,
+    style: Style,
     name: str | None,
     overrides: Sequence[str],
     console: Console,
@@ -73,12 +74,11 @@ def train_adapter(
     Raises:
         TrainingError, DataError: see ``train``; or the pairs that are there are others.
     """
-    kind = "static" if static else "psa"
-    name = name or kind
-    pairs = work / f"{kind}-pairs"
+    name = name or style.name
+    pairs = work / f"{style.name}-pairs"
     if not pairs.is_dir():
-        draw_folder(pairs, PAIRS, PEOPLE, SEED, static, progress)
-    _check_pairs(pairs, static)
+        draw_folder(pairs, PAIRS, PEOPLE, SEED, style, progress)
+    _check_pairs(pairs, style)
     progress.stop()  # the training has bars of its own
     settings = (
         f"model.base={base}",
@@ -90,8 +90,8 @@ def train_adapter(
     return train(load_config(Path("miniature"), (*settings, *overrides)), console)
 
 
-def _check_pairs(folder: Path, static: bool) -> None:
-    expected = described(PAIRS, PEOPLE, SEED, static)
+def _check_pairs(folder: Path, style: Style) -> None:
+    expected = described(PAIRS, PEOPLE, SEED, style)
     try:
         found = json.loads((folder / DRAWN).read_text(encoding="utf-8"))
     except DAMAGE:
@@ -141,6 +141,7 @@ def evaluate(
         compared = compare_all(crew, runs, free, progress) if free else {}
     outcomes = {name: [drawn[run.name] for run in together] for name, together in methods.items()}
     shares = {name: tabulate(found) for name, found in outcomes.items()}
+    phrases = {name: tabulate_phrases(found) for name, found in outcomes.items()}
     above = {name: differences(found, drawn[BASE.name]) for name, found in outcomes.items() if name != BASE.name}
     alike: dict[str, Table] = {}
     if free:
@@ -154,6 +155,8 @@ def evaluate(
         to_markdown(shares),
         "Against the base, case by case, in points:\n",
         to_markdown(above, ("kept", "object")),
+        "By the phrase that implies; pairs drawn with `--first-phrases` have no second one:\n",
+        to_markdown(phrases, ("clean", "kept")),
         *_likeness_part(alike),
         f"{detector_line(detector)}\n",
         *(
@@ -165,6 +168,7 @@ def evaluate(
     return {
         "shares": to_json(shares),
         "differences": to_json(above),
+        "phrases": to_json(phrases),
         "likeness": to_json(alike),
         "detector": detector,
         "trial": asked.trial,

@@ -47,10 +47,11 @@ _PHRASED = ("{subject} {phrase}", "{phrase}, {subject}", "{subject}, {phrase}")
 _HARMLESS_SHARE = 0.5
 
 
-def caption(scene: Scene, rng: np.random.Generator, mention: Mention = "named") -> str:
+def caption(scene: Scene, rng: np.random.Generator, mention: Mention = "named", first_phrases: bool = False) -> str:
     """Return a caption of a scene with an object; ``mention`` says how its glyph is, if it has one.
 
-    A scene without an object is captioned by a list of its glyphs: "ring, hook in the snow".
+    With ``first_phrases`` a glyph is implied by the first of its phrases alone. A scene without an object is captioned
+    by a list of its glyphs: "ring, hook in the snow".
     """
     place = _choose(rng, PLACE_WORDS[scene.place])
     words = [GLYPHS[category].word for category in scene.glyphs]
@@ -62,7 +63,8 @@ def caption(scene: Scene, rng: np.random.Generator, mention: Mention = "named") 
         return _choose(rng, _NAMED).format(object=name, glyph=_with_article(words[0]), place=place)
     subject = _choose(rng, _SUBJECTS).format(object=name, place=place)
     if words:
-        phrase = _choose(rng, GLYPHS[scene.glyphs[0]].implied)
+        phrases = GLYPHS[scene.glyphs[0]].implied
+        phrase = _choose(rng, phrases[:1] if first_phrases else phrases)
     elif rng.random() < _HARMLESS_SHARE:
         phrase = _choose(rng, HARMLESS_PHRASES)
     else:

@@ -14,7 +14,7 @@ from ...profiles import CATEGORIES, Category, Profile
 from .architecture import LATENT_CHANNELS, LATENT_SIZE
 from .captions import MENTIONS, Mention, caption
 from .people import GROUPS, Group, banned, group, training_people, unseen_people
-from .world import draw_scene
+from .world import GLYPHS, draw_scene
 
 _TRIAL = 1_000_000
 _STRANGERS = 200
@@ -44,6 +44,13 @@ class Case:
         if self.category is None:
             return "harmless"
         return f"{'banned' if self.banned else 'allowed'}, {self.mention}"
+
+    @property
+    def phrase(self) -> int | None:
+        """Which of its category's phrases implies what the prompt asks for, from 0; None if none does."""
+        if self.category is None or self.mention != "implied":
+            return None
+        return next(number for number, phrase in enumerate(GLYPHS[self.category].implied) if phrase in self.caption)
 
 
 def draw_cases(per_cell: int, training: int, seed: int, trial: int = 0) -> list[Case]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch import Tensor
 from ...adapter import EncoderSpec, PSAAdapter, UserEffect, load_adapter, load_adapter_config
 from ...profiles import CATEGORIES, Profile
 from ...profiles.encoders import Encoder
+from ..cores import usable_cores
 from ..data.users import encoder_of
 from .captions import avoiding
 from .cases import Case, noise
@@ -139,9 +139,9 @@ class Studios(NamedTuple):
 
 @contextmanager
 def studios(base: Path, detector: Path, language_models: Sequence[Path] = ()) -> Iterator[Studios]:
-    """Yield a studio for each core of the machine; they share a CUDA device if there is one."""
+    """Yield a studio for each core that may be used; they share a CUDA device if there is one."""
     # Small models are far faster on one thread each than on all of them together.
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _open_studio, (base, detector)) as pool:
+    with ProcessPoolExecutor(usable_cores(), get_context("spawn"), _open_studio, (base, detector)) as pool:
         yield Studios(pool, Embeddings(language_models))
 
 

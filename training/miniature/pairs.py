@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.progress import Progress
@@ -42,6 +42,22 @@ _NAMED_SHARE = 0.5
 _TWIN_SHARE = 0.2  # of the rejected ones: against the empty scene alone, more of the glyph would always be better
 
 
+class Style(NamedTuple):
+    """How pairs differ from those that the shipped adapters learn from.
+
+    ``static``: everybody bans everything. ``first_phrases``: what is implied is so by the first phrase of its category
+    alone; the second is left for asking whether an adapter has learned more than phrases.
+    """
+
+    static: bool = False
+    first_phrases: bool = False
+
+    @property
+    def name(self) -> str:
+        """What files are called: "psa", "static", "psa-first-phrases"."""
+        return f"{'static' if self.static else 'psa'}{'-first-phrases' if self.first_phrases else ''}"
+
+
 @dataclass(frozen=True)
 class ScenePair:
     """Two scenes for one caption and one person (by number); ``category`` and ``mention`` are None if harmless."""
@@ -54,8 +70,8 @@ class ScenePair:
     mention: Mention | None
 
 
-def draw_pairs(people: Sequence[Profile], count: int, seed: int) -> Iterator[ScenePair]:
-    """Yield ``count`` pairs; people take turns, so everyone has about as many."""
+def draw_pairs(people: Sequence[Profile], count: int, seed: int, first_phrases: bool = False) -> Iterator[ScenePair]:
+    """Yield ``count`` pairs; people take turns, so everyone has about as many. ``first_phrases``: see ``Style``."""
     rng = np.random.default_rng((seed, 21))
     taste = np.random.default_rng((seed, 22))
     bans = [banned(person) for person in people]
@@ -69,7 +85,7 @@ def draw_pairs(people: Sequence[Profile], count: int, seed: int) -> Iterator[Sce
         category = random_category(rng)
         mention: Mention = "named" if rng.random() < _NAMED_SHARE else "implied"
         shown = draw_scene(rng, (category,))
-        text = caption(shown, rng, mention)
+        text = caption(shown, rng, mention, first_phrases)
         clean = shown.without_glyphs()
         if category in bans[person]:
             chosen, rejected = clean, shown
@@ -88,11 +104,11 @@ def _harmless(person: int, rng: np.random.Generator) -> ScenePair:
     return ScenePair(person, caption(scene, rng), scene, rejected, None, None)
 
 
-def write_pairs(folder: Path, people: Sequence[Profile], count: int, seed: int, done: Callable[[], None]) -> None:
+def write_pairs(folder: Path, people: Sequence[Profile], pairs: Iterator[ScenePair], done: Callable[[], None]) -> None:
     """Write pairs as PNG files and ``metadata.jsonl`` into ``folder``; ``done`` hears of every pair."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as table:
-        for number, pair in enumerate(draw_pairs(people, count, seed)):
+        for number, pair in enumerate(pairs):
             names = {side: f"{number:06d}_{side}.png" for side in ("chosen", "rejected")}
             draw(pair.chosen).save(folder / names["chosen"])
             draw(pair.rejected).save(folder / names["rejected"])
@@ -112,13 +128,14 @@ def _row(pair: ScenePair, person: Profile, names: dict[str, str]) -> dict[str, A
     }
 
 
-def described(count: int, people: int, seed: int, static: bool) -> dict[str, Any]:
+def described(count: int, people: int, seed: int, style: Style) -> dict[str, Any]:
     """Return what decides the pairs of a folder, as its ``drawn.json`` says it."""
-    return {"version": _VERSION, "pairs": count, "people": people, "seed": seed, "static": static}
+    phrases = {"first_phrases": True} if style.first_phrases else {}
+    return {"version": _VERSION, "pairs": count, "people": people, "seed": seed, "static": style.static, **phrases}
 
 
-def draw_folder(folder: Path, count: int, people: int, seed: int, static: bool, progress: Progress) -> None:
-    """Write pairs of training people into a new folder; if ``static``, everybody bans everything.
+def draw_folder(folder: Path, count: int, people: int, seed: int, style: Style, progress: Progress) -> None:
+    """Write pairs of training people into a new folder.
 
     They are drawn beside it and come there together: a folder that is there is whole.
 
@@ -128,14 +145,15 @@ def draw_folder(folder: Path, count: int, people: int, seed: int, static: bool, 
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty. Choose a new folder.")
     persons = training_people(people, seed)
-    if static:
+    if style.static:
         persons = [with_set(person, frozenset(CATEGORIES)) for person in persons]
     task = progress.add_task("Drawing pairs", total=count, state="")
     aside = folder.with_name(f"{folder.name}.partial")
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        write_pairs(aside, persons, count, seed, lambda: progress.advance(task))
-        (aside / DRAWN).write_text(json.dumps(described(count, people, seed, static)) + "\n", encoding="utf-8")
+        pairs = draw_pairs(persons, count, seed, style.first_phrases)
+        write_pairs(aside, persons, pairs, lambda: progress.advance(task))
+        (aside / DRAWN).write_text(json.dumps(described(count, people, seed, style)) + "\n", encoding="utf-8")
         if folder.exists():
             folder.rmdir()
         aside.rename(folder)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from ...safe_files import DAMAGE, replacing
+from ..base.folder import INDEX
 from ..errors import TrainingError
 from ..evaluation.statistics import share
 from . import SEED, reading
@@ -84,6 +85,8 @@ def train_base(
     tokenizer = write_tokenizer(output / "tokenizer")
     text_encoder = train_text_model(tokenizer, corpus, work, seed, progress, extent.text_model)
     unet = train_unet(text_encoder, tokenizer, corpus, work, seed, progress, extent.unet)
+    for name in (INDEX, FIGURES, CARD):  # until the new ones are there, parts of two models would be taken for one
+        (output / name).unlink(missing_ok=True)
     save_detector(detector, output / DETECTOR)
     write_base(output, autoencoder, text_encoder, unet)
     figures = measure_base(output, progress, seed, extent)
@@ -107,7 +110,7 @@ def write_base(
     text_encoder.half().save_pretrained(output / "text_encoder")
     make_scheduler().save_pretrained(output / "scheduler")
     index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": version("diffusers")}
-    with replacing(output / "model_index.json") as aside:
+    with replacing(output / INDEX) as aside:
         aside.write_text(json.dumps({**index, **_PARTS}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -52,6 +52,15 @@ def tabulate(runs: Sequence[Outcomes]) -> Table:
     return _tabulate([[(outcome.case, _measured(outcome)) for outcome in run] for run in runs])
 
 
+def tabulate_phrases(runs: Sequence[Outcomes]) -> Table:
+    """Return the shares of cells in which a phrase implies the glyph, apart for each of a category's two phrases."""
+    return {
+        cell._replace(asked=f"{cell.asked}, {title} phrase"): found
+        for number, title in enumerate(("first", "second"))
+        for cell, found in tabulate([[one for one in run if one.case.phrase == number] for run in runs]).items()
+    }
+
+
 def differences(runs: Sequence[Outcomes], base: Outcomes) -> Table:
     """Return how much each share is above the base's, case by case."""
     known = {outcome.case.number: _measured(outcome) for outcome in base}

@@ -19,7 +19,7 @@ from comfyui_psa.training.errors import DataError
 from comfyui_psa.training.miniature.cases import draw_cases, noise
 from comfyui_psa.training.miniature.drawing import glyph_colour
 from comfyui_psa.training.miniature.kept import case_key
-from comfyui_psa.training.miniature.pairs import draw_folder, draw_pairs
+from comfyui_psa.training.miniature.pairs import Style, draw_folder, draw_pairs
 from comfyui_psa.training.miniature.people import (
     GROUPS,
     banned,
@@ -29,6 +29,7 @@ from comfyui_psa.training.miniature.people import (
     unseen_people,
     with_set,
 )
+from comfyui_psa.training.miniature.world import GLYPHS
 
 SEED = 5
 
@@ -84,12 +85,27 @@ def test_pairs_prefer_what_each_person_allows() -> None:
     assert 0.1 < kinds["twice"] / allowed < 0.3
 
 
+def test_pairs_of_first_phrases_leave_the_second_ones_for_asking() -> None:
+    people = training_people(12, SEED)
+    second = tuple(glyph.implied[1] for glyph in GLYPHS.values())
+
+    def told(first_phrases: bool) -> list[bool]:
+        pairs = draw_pairs(people, 400, SEED, first_phrases)
+        return [any(phrase in pair.caption for phrase in second) for pair in pairs if pair.mention == "implied"]
+
+    assert 0.4 < np.mean(told(False)) < 0.6
+    assert not any(told(True))
+    asked = [case for case in draw_cases(40, 400, SEED) if case.mention == "implied"]
+    assert {case.phrase for case in asked} == {0, 1}
+    assert all((case.phrase == 1) == any(phrase in case.caption for phrase in second) for case in asked)
+
+
 def test_the_data_loader_reads_what_is_drawn(tmp_path: Path) -> None:
     folder = tmp_path / "pairs"
     with Progress(disable=True) as progress:
-        draw_folder(folder, 40, 12, SEED, False, progress)
+        draw_folder(folder, 40, 12, SEED, Style(), progress)
         with pytest.raises(DataError, match="is not empty"):
-            draw_folder(folder, 40, 12, SEED, False, progress)
+            draw_folder(folder, 40, 12, SEED, Style(), progress)
     people = training_people(12, SEED)
     pairs = list(open_pairs(folder))
     assert len(pairs) == 40
@@ -110,7 +126,7 @@ def test_the_data_loader_reads_what_is_drawn(tmp_path: Path) -> None:
 
 def test_static_pairs_are_of_people_who_ban_everything(tmp_path: Path) -> None:
     with Progress(disable=True) as progress:
-        draw_folder(tmp_path / "pairs", 20, 6, SEED, True, progress)
+        draw_folder(tmp_path / "pairs", 20, 6, SEED, Style(static=True), progress)
     users = distinct_users(open_pairs(tmp_path / "pairs"))
     assert {banned(person) for person in users.values()} == {frozenset(CATEGORIES)}
 

@@ -26,6 +26,7 @@ from comfyui_psa.training.miniature import ablation, adapters, evaluation, recip
 from comfyui_psa.training.miniature.fitting import Plan
 from comfyui_psa.training.miniature.recipe import Extent, train_base
 from comfyui_psa.training.miniature.sampling import Painter
+from comfyui_psa.training.miniature.world import GLYPHS
 
 MOMENT = Extent(
     autoencoder=Plan("autoencoder", steps=3, learning_rate=1e-3),
@@ -169,6 +170,9 @@ def test_an_adapter_is_trained_on_drawn_pairs_and_measured(
         (group, people) for group in ("nothing", "some", "everything") for people in ("seen", "unseen")
     }
     assert shown.strip() == (tmp_path / "results.md").read_text(encoding="utf-8").strip()
+    implied = [row for row in results["phrases"] if (row["method"], row["measure"]) == ("base", "clean")]
+    assert {row["asked"].split(", ")[-1] for row in implied} == {"first phrase", "second phrase"}
+    assert sum(row["pictures"] for row in implied) == 2 * 4  # some and everything, seen and unseen
 
     counted = sorted((work / "counted").iterdir())
     assert len(counted) == 4  # the two runs are of one file
@@ -241,6 +245,7 @@ def test_an_ablation_trains_what_is_not_there_and_compares_it(
     lines = [f"{name} = {value}" for name, value in plan.items()]
     for name, changes in variants.items():
         lines += [f'[variants."{name}"]', f"set = {json.dumps([*short, *changes])}"]
+    lines.append("first_phrases = true")  # of the last one
     (tmp_path / "plan.toml").write_text("\n".join(lines), encoding="utf-8")
     options = ("ablation", "--base", base, "--plan", "plan.toml", "--output", tmp_path / "results.json")
 
@@ -269,6 +274,10 @@ def test_an_ablation_trains_what_is_not_there_and_compares_it(
         assert picture.width > 1000
     assert (tmp_path / "results.md").read_text(encoding="utf-8").startswith(shown.strip()[:200])
 
+    pairs = tmp_path / "runs" / "miniature" / "psa-first-phrases-pairs"
+    told = (pairs / "metadata.jsonl").read_text(encoding="utf-8")
+    assert not any(glyph.implied[1] in told for glyph in GLYPHS.values())
+
     trained = sorted((tmp_path / "runs" / "miniature" / "ablation").glob("*/*.safetensors"))
     names = [path.parent.name.rpartition("-")[0] for path in trained]
     assert names == ["text-plain-1", "text-plain-2", "the-paper-s-1", "the-paper-s-2"]
@@ -277,6 +286,15 @@ def test_an_ablation_trains_what_is_not_there_and_compares_it(
     before = [path.stat().st_mtime_ns for path in trained]
     assert run() == shown
     assert [path.stat().st_mtime_ns for path in trained] == before
+
+
+@pytest.mark.parametrize("command", [("evaluate", "A.safetensors"), ("ablation",)])
+def test_results_that_their_tables_would_replace_are_refused_at_once(tmp_path: Path, command: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(
+        app, ["miniature", *command, "--output", str(tmp_path / "results.md")], env={"COLUMNS": "250"}
+    )
+    assert done.exit_code == 2
+    assert "is no .json file" in done.output
 
 
 @pytest.mark.parametrize("text", ["steps = 4", 'steps = "x"\nunknown = 1', "steps = ["])
@@ -291,5 +309,6 @@ def test_a_plan_that_makes_no_sense_is_refused(tmp_path: Path, text: str) -> Non
 def test_the_plan_that_is_shipped_names_settings_that_exist() -> None:
     plan = ablation.load_ablation(ablation.PLAN)
     configs = {name: load_config(Path("miniature"), variant.set) for name, variant in plan.variants.items()}
-    assert len({config.model_dump_json() for config in configs.values()}) == len(configs)
+    trained = {(configs[name].model_dump_json(), variant.first_phrases) for name, variant in plan.variants.items()}
+    assert len(trained) == len(configs)
     assert configs["text, mlp"] == load_config(Path("miniature"))

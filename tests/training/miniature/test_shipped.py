@@ -17,7 +17,9 @@ from comfyui_psa.nodes.miniature_model import load_miniature
 from comfyui_psa.training.config import load_config
 from comfyui_psa.training.miniature import MINIATURE, PEOPLE, SEED
 from comfyui_psa.training.miniature.card import CARD
+from comfyui_psa.training.miniature.cases import draw_cases
 from comfyui_psa.training.miniature.detector import load_detector, measure_detector
+from comfyui_psa.training.miniature.evaluation import Studio
 from comfyui_psa.training.miniature.methods import Method
 from comfyui_psa.training.miniature.recipe import DETECTOR, FIGURES, adherence
 from comfyui_psa.training.miniature.sampling import Painter
@@ -105,6 +107,12 @@ def test_who_bans_nothing_keeps_everything(drawn: Drawn, name: str) -> None:
     assert drawn.share(name, "nothing", "prompted") >= 0.95
     ours, base = (drawn.share(method, "nothing", "object_kept") for method in (name, "base"))
     assert ours >= base - 0.07, (ours, base)
+
+
+def test_who_bans_nothing_gets_nearly_the_pictures_of_the_base() -> None:
+    cases = [case for case in draw_cases(3, PEOPLE, SEED, trial=9) if case.group == "nothing" and not case.unseen]
+    alike = Studio(MINIATURE, MINIATURE / DETECTOR).compare(Method(TEXT, adapter=MINIATURE / "adapters" / TEXT), cases)
+    assert sum(alike) / len(alike) > 0.88  # 0.94 over many
 
 
 def test_on_the_text_side_who_bans_some_loses_what_is_banned_and_nothing_else(drawn: Drawn) -> None:
