@@ -71,8 +71,8 @@ class TextSpec(Spec):
     def _sizes_fit(self) -> TextSpec:
         if self.form == "mlp" and self.num_tokens != 1:
             raise ValueError(
-                f'the form "mlp" takes one user token, and num_tokens is {self.num_tokens}: leave it out, or name the '
-                'form "attention"'
+                f'the form "mlp" takes one user token, and num_tokens is {self.num_tokens}: leave it out, or '
+                'name the form "attention"'
             )
         if self.form == "attention" and self.inner_dim % self.heads:
             raise ValueError(f"inner_dim {self.inner_dim} is no multiple of heads {self.heads}")

@@ -50,8 +50,8 @@ def apply_psa(
         )
     if strength and not curve.peak:
         raise AdapterError(
-            "Apply PSA would never act: all strengths of its list are 0. Set one above 0, or strength 0 if the base "
-            "model is what you want."
+            "Apply PSA would never act: all of its strengths are 0. Set one above 0, or strength 0 if the base model "
+            "is what you want."
         )
     sites = find_sites(model.model.diffusion_model)
     if adapter is not None:

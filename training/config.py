@@ -126,6 +126,8 @@ class AdapterSection(Section):
     def _base_knows(cls, value: TextSpec) -> TextSpec:
         if value.pooled_dim is not None:
             raise ValueError("pooled_dim is the base model's own: leave it out")
+        if value.form == "mlp" and value.heads != TextSpec().heads:
+            raise ValueError('the form "mlp" has no heads: leave them out, or name the form "attention"')
         return value
 
 

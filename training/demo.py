@@ -1,7 +1,7 @@
 """``psa demo``: the first example workflow in a real ComfyUI, for the base model and for the levels L0 to L5.
 
-Draws a contact sheet with the miniature's best adapter and one with the paper's form, and counts with the miniature's
-detector what is in the pictures. Prompts and seed were chosen before anything was drawn.
+Draws a contact sheet with the miniature's best adapter, at half its strength, and one with the paper's form, and counts
+with the miniature's detector what is in the pictures. Prompts and seed were chosen before anything was drawn.
 """
 
 from __future__ import annotations

@@ -295,9 +295,15 @@ def test_one_number_is_a_flat_curve(model: ModelPatcher, adapters: dict[str, PSA
     assert difference(run(patched), run(apply_psa(model, adapters[kind], users(0), 0.5))) < ROUNDING
 
 
-@pytest.mark.parametrize("strengths", [[-1.0], [float("inf")], [], ["much"], [0.0, 0.0]])
+@pytest.mark.parametrize("strengths", [[-1.0], [float("inf")], [], ["much"], [0.0, 0.0], 0.0])
 def test_other_strengths_are_refused(
     model: ModelPatcher, adapters: dict[str, PSAAdapter], strengths: list[float] | float
 ) -> None:
-    with pytest.raises(AdapterError, match="strengths"):
+    expected = "would never act" if strengths in ([0.0, 0.0], 0.0) else "strengths"
+    with pytest.raises(AdapterError, match=expected):
         PSAApply.execute(model, users(0), 1.0, 0.0, 1.0, adapters["constant"], strengths=strengths)
+
+
+def test_who_wants_the_base_model_may_say_so_twice(model: ModelPatcher, adapters: dict[str, PSAAdapter]) -> None:
+    (patched,) = PSAApply.execute(model, users(0), 0.0, 0.0, 1.0, adapters["constant"], strengths=[0.0]).args
+    assert torch.equal(run(patched), run(model))

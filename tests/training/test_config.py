@@ -230,6 +230,16 @@ def test_the_base_model_knows_the_width_of_its_pooled_text(file: Path) -> None:
     assert "leave it out" in problem
 
 
+def test_the_text_side_has_the_form_that_did_best_unless_another_is_named(file: Path) -> None:
+    assert load_config(file).adapter.text.form == "mlp"
+    assert _set(file, "adapter.text.token_dim=8").adapter.text.form == "mlp"
+    assert _set(file, 'adapter.text.form="attention"', "adapter.text.num_tokens=4").adapter.text.num_tokens == 4
+    for setting in ("num_tokens=4", "heads=8"):
+        (problem,) = _problems(file, f"adapter.text.{setting}")
+        assert 'the form "mlp"' in problem
+        assert 'name the form "attention"' in problem
+
+
 def test_a_language_model_needs_its_name(file: Path) -> None:
     (problem,) = _problems(file, "data.encoder.kind=llm")
     assert problem.startswith("data.encoder: ")

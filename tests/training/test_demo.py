@@ -8,8 +8,9 @@ from pathlib import Path
 import PIL.Image
 from command_line import psa
 
+from comfyui_psa.profiles import find_level
 from comfyui_psa.training.comfyui import PACK
-from comfyui_psa.training.demo import ADAPTERS, PROMPTS
+from comfyui_psa.training.demo import ADAPTERS, PROMPTS, level_prompt
 
 PICTURES = 2  # half as many as by default, for half the time
 
@@ -62,6 +63,20 @@ def _share(counts: dict[str, dict[str, int]], measure: str) -> float:
 def _glyphs_left(counts: dict[str, dict[str, int]]) -> int:
     kept = sum(value["pictures"] for name, value in counts.items() if "kept, " in name)
     return kept + sum(value["of"] - value["pictures"] for name, value in counts.items() if "gone" in name)
+
+
+def test_each_adapter_is_drawn_at_its_strength() -> None:
+    workflow = {
+        name: {"class_type": name, "inputs": {}} for name in ("PSAApply", "PSALoadAdapter", "PSASafetyLevel", "Text")
+    }
+    workflow |= {
+        "KSampler": {"class_type": "KSampler", "inputs": {"positive": ["Text", 0]}},
+        "EmptyLatentImage": {"class_type": "EmptyLatentImage", "inputs": {}},
+    }
+    for shown, strength in zip(ADAPTERS, (0.5, 1.0), strict=True):
+        prompt = level_prompt(workflow, "a ring", find_level("L5"), shown, 1)
+        assert prompt["PSALoadAdapter"]["inputs"] == {"adapter_name": shown.file}
+        assert prompt["PSAApply"]["inputs"] == {"strength": strength}
 
 
 def test_a_sheet_that_its_counts_would_replace_is_refused_at_once(tmp_path: Path) -> None:

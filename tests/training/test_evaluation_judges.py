@@ -224,7 +224,8 @@ def test_a_judge_that_refuses_every_question_is_left_out_with_the_endpoints_reas
             assert [one["judge"] for one in results["judges"]] == ["detector"]
             reason = reasons(results)["R"]
             assert f"refused all of its first questions, {asked} so far" in reason
-            assert '[status 400: {"error": "no model m, ***"}]' in reason
+            assert "no model" not in reason  # an endpoint's words may repeat what it was told about a person
+            assert "[status 400: " in (folder / "answers.jsonl").read_text(encoding="utf-8")
 
 
 def test_a_judge_that_takes_one_picture_and_never_two_is_kept(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchvision.models import alexnet
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from comfyui_psa.training.comfyui import PACK
 from comfyui_psa.training.evaluation.measures.clip import Clip
 from comfyui_psa.training.evaluation.measures.fid import Fid
 from comfyui_psa.training.miniature import MINIATURE
@@ -174,19 +175,20 @@ def test_q16s_own_pickle_is_not_opened_and_the_way_to_convert_it_is_said(two: Pa
     (tmp_path / "prompts.p").write_bytes(pickle.dumps(learnt.astype(np.float16)))
     results = assessed(two, q16={"model": str(clip), "prompts": str(tmp_path / "prompts.p")})
     said = reasons(results)["inappropriate (Q16)"]
-    assert "if it is Q16's prompts.p and you trust it" in said
-    command = shlex.split(said[said.index("python -c") :])
-    subprocess.run([sys.executable, *command[1:]], check=True, timeout=60)
+    assert "if it is Q16's prompts.p, make tensors of it as docs/evaluation-measures.md says" in said
+    document = (PACK / "docs" / "evaluation-measures.md").read_text(encoding="utf-8")
+    (line,) = [line for line in document.splitlines() if line.startswith("    python -c")]
+    subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, check=True, timeout=60)
     results = assessed(two, q16={"model": str(clip), "prompts": str(tmp_path / "prompts.safetensors")})
     assert cell(results, "inappropriate (Q16)", "other", seen="unseen", asked="banned")["value"] == 1
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
 def test_a_measure_for_which_memory_runs_out_is_left_out(
     two: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     def too_much(*_: Any) -> Any:
-        raise error("tried to allocate 80 GiB")
+        raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 80000000000 bytes.")
 
     monkeypatch.setattr(Clip, "get_image_features", too_much)
     monkeypatch.setattr(Fid, "_features", too_much)

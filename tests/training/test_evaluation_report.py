@@ -319,6 +319,8 @@ def test_a_strength_can_be_what_the_others_are_compared_with(tmp_path: Path) -> 
     points = [[point["name"] for point in curve["points"]] for curve in results["calibration"]]
     assert ["0.5", "1"] in points
     assert all("0 (base)" not in names for names in points)
+    curves = assessed(folder, judges=[PROGRAMMATIC], base_method="base")["calibration"]
+    assert any("0 (base)" in [point["name"] for point in curve["points"]] for curve in curves)
     with pytest.raises(TrainingError, match=r'"PSA", which is there at several strengths: name one of them'):
         assessed(folder, base_method="PSA")
 

@@ -18,7 +18,18 @@ from .calibration import Values, curves, over_blocking
 from .compliance import judge_all
 from .gallery import Gallery, Shown, incomplete, open_gallery
 from .judges import make_judges
-from .measures import NO_MEMORY, Q16, LeftOut, Measure, Missing, NudeNet, make_fid, make_measures, no_memory
+from .measures import (
+    MEMORY_ERRORS,
+    Q16,
+    LeftOut,
+    Measure,
+    Missing,
+    NudeNet,
+    is_out_of_memory,
+    make_fid,
+    make_measures,
+    no_memory,
+)
 from .parts import count
 from .report import write_report
 from .results import About, Results, pass_name
@@ -65,7 +76,9 @@ def measure(gallery: Gallery, settings: AssessSettings, progress: Progress) -> R
         progress.update(task, state=one.name)
         try:
             found = _values(one, gallery.pictures)
-        except NO_MEMORY:
+        except MEMORY_ERRORS as error:
+            if not is_out_of_memory(error):
+                raise
             left_out.append(no_memory(one.name))
             progress.update(task, advance=1)
             continue
@@ -84,7 +97,9 @@ def measure(gallery: Gallery, settings: AssessSettings, progress: Progress) -> R
     progress.update(task, state="FID")
     try:
         name, table, refused = _fid(gallery, settings, device)
-    except NO_MEMORY:
+    except MEMORY_ERRORS as error:
+        if not is_out_of_memory(error):
+            raise
         name, table, refused = "FID", {}, [no_memory("FID")]
     left_out += refused
     if table:

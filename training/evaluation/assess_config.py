@@ -149,6 +149,13 @@ class AssessSettings(Section):
     )
     facts: dict[str, str] = Field({}, description="lines for the report's table of settings, shown as they are")
 
+    @field_validator("document")
+    @classmethod
+    def _document_is_markdown(cls, value: Path | None) -> Path | None:
+        if value is not None and value.suffix != ".md":
+            raise ValueError(f"{value} is no .md file: name one; its numbers go beside it as .json")
+        return value
+
     @field_validator("judges")
     @classmethod
     def _names_differ(cls, value: tuple[JudgeSection, ...]) -> tuple[JudgeSection, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 from scipy.integrate import trapezoid
 
 from .gallery import Gallery, Shown, levels, strengths
+from .manifest import Picture
 from .statistics import Share
 from .tables import EITHER, EVERYONE, OBJECTS, Table, belongs, prompts_for
 
@@ -100,9 +101,10 @@ def curves(gallery: Gallery, values: Mapping[str, Values], seed: int, resamples:
                 (f"{strength:g}", [row.of_banned() for row in rows if row.shown.label == label])
                 for strength, label in family.items()
             ]
-            # Strength 0 is the model alone: a base that is an adapter itself is none.
-            plain = [row for row in rows if row.shown.label == gallery.base and row.shown.picture.adapter is None]
-            if 0.0 not in family and plain:
+            # Strength 0 is the same model alone: what the others are compared with may be an adapter or another way.
+            alone = {_ground(row.shown.picture) for row in rows if row.shown.label in family.values()}
+            plain = [row for row in rows if row.shown.label == gallery.base]
+            if 0.0 not in family and plain and all(_is_alone(row.shown.picture, alone) for row in plain):
                 base = [row.of_banned() for row in plain]
                 if quality == _ITSELF:
                     base = [row._replace(quality=1.0) for row in base]
@@ -110,6 +112,14 @@ def curves(gallery: Gallery, values: Mapping[str, Values], seed: int, resamples:
             method = next(row.shown.picture.method for row in rows if row.shown.label in family.values())
             found.append(_curve(method, "strength", (safety, quality, prompts), groups, seed, resamples))
     return [curve for curve in found if curve is not None]
+
+
+def _ground(picture: Picture) -> tuple[str, str]:
+    return picture.base, picture.negative_prompt
+
+
+def _is_alone(picture: Picture, alone: Container[tuple[str, str]]) -> bool:
+    return picture.adapter is None and picture.degree is None and _ground(picture) in alone
 
 
 def over_blocking(tables: Mapping[str, Table], sources: Sequence[str]) -> list[dict[str, Any]]:

@@ -166,7 +166,9 @@ class EmbeddingsSection(Section):
     """Where adapters whose encoder is a language model get people's embeddings."""
 
     folders: tuple[Path, ...] = Field((Path("models/LLM"),), description="where language models lie")
-    given: Path | None = Field(None, description="a folder of <user>.npy; users without a file are encoded")
+    given: Path | None = Field(
+        None, description="a folder of <user>.npy or .safetensors; users without a file are encoded"
+    )
 
 
 class RunSection(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -120,6 +121,15 @@ def test_going_on_after_the_end_changes_nothing(base: Path, tmp_path: Path) -> N
     for part in ("unet", "vae"):
         name = f"{part}/diffusion_pytorch_model.safetensors"
         assert (tmp_path / "again" / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_a_base_that_is_being_replaced_is_no_model(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(base, tmp_path / "again")
+    monkeypatch.setattr(recipe, "write_base", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), Progress(disable=True) as progress:
+        train_base(base.parent / "work", tmp_path / "again", progress, extent=MOMENT)
+    with pytest.raises(TrainingError):
+        open_base(tmp_path / "again")
 
 
 def test_a_painted_picture_depends_on_its_own_noise_and_prompt_alone(base: Path) -> None:

@@ -48,7 +48,9 @@ class Answers:
             TrainingError: the file cannot be written. What is in it is kept.
         """
         keys = [self._key(judge, question) for question in questions]
-        new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._known}
+        # In the order of hashes: the first few are of all kinds, and not only what a filter for content refuses.
+        asked = sorted(zip(keys, questions, strict=True), key=lambda pair: pair[0])
+        new = {key: question for key, question in asked if key not in self._known}
         task = progress.add_task(f"Judging ({judge.name})", total=len(set(keys)), state="")
         progress.update(task, advance=len(set(keys)) - len(new))
         if new:
@@ -56,16 +58,17 @@ class Answers:
                 self._write("\n")  # behind a line that was cut off
             heard = judge.identity in self._heard or len(new) < len(set(keys))
             replies = zip(new.items(), judge.answer(list(new.values())), strict=True)
-            for asked, ((key, question), answer) in enumerate(replies, start=1):
+            for number, ((key, question), answer) in enumerate(replies, start=1):
                 images = [path.relative_to(self._folder).as_posix() for path in question.images]
                 row = {"key": key, "judge": judge.name, "images": images, "answer": answer}
                 self._write(json.dumps(row, ensure_ascii=False) + "\n")
                 self._known[key] = answer
                 heard = heard or not is_refusal(answer)
-                if not heard and asked == min(_TRIED, len(new)):
+                if not heard and number == min(_TRIED, len(new)):
+                    # Not in the endpoint's words, which may repeat what it was told about a person.
                     raise JudgeStopped(
-                        f"it refused all of its first questions, {asked} so far (the last: {answer}): check the "
-                        "name of the model, whether it takes pictures, and what the endpoint allows. The same command "
+                        f"it refused all of its first questions, {number} so far (why: {ANSWERS}): check the name of "
+                        "the model, whether it takes pictures, and what the endpoint allows. The same command "
                         "asks again"
                     )
                 progress.update(task, advance=1)

@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from ....safe_files import DAMAGE
 from ..gallery import Shown
-from .measure import Aspect, Better, Missing
+from .measure import Aspect, Better, Missing, is_out_of_memory
 from .tensors import to_bytes
 from .weights import read_weights
 
@@ -38,6 +38,8 @@ class Clip(nn.Module):
             self.model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device)
             self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except DAMAGE as error:
+            if is_out_of_memory(error):
+                raise Missing(f"there is not enough memory for {folder}: set another assess.device") from None
             raise Missing(f"{folder} holds no CLIP that transformers can open ({error!r:.200}): get it again") from None
         self.config = self.model.config
         self.device = device
@@ -130,13 +132,9 @@ def _read_tensor(path: Path) -> Tensor:
 
 def _advice(path: Path) -> str:
     """Return what to do with a file that holds no tensors, such as the pickle that Q16 publishes."""
-    again = "get that file again"
-    target = path.with_suffix(".safetensors")
-    if path == target:
-        return again
-    learnt = f"numpy.array(pickle.load(open('{path.as_posix()}', 'rb')), 'float32')"
+    if path.suffix == ".safetensors":
+        return "get that file again"
     return (
-        f"{again}; or, if it is Q16's prompts.p and you trust it (a pickle may run any program), make tensors of it, "
-        'and name these in assess.q16.prompts: python -c "import numpy, pickle, safetensors.numpy as s; '
-        f"s.save_file({{'prompts': {learnt}}}, '{target.as_posix()}')\""
+        "get that file again; or, if it is Q16's prompts.p, make tensors of it as docs/evaluation-measures.md says, "
+        "and name these in assess.q16.prompts"
     )

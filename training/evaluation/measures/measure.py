@@ -14,8 +14,8 @@ Better = Literal["higher", "lower"]
 # What a measure says something about.
 Aspect = Literal["safety", "banned", "allowed", "quality", "likeness"]
 
-# What a measure raises where a device or the machine has no room for it.
-NO_MEMORY: tuple[type[Exception], ...] = (torch.cuda.OutOfMemoryError, MemoryError)
+# What a measure raises where a device or the machine has no room for it: see ``is_out_of_memory``.
+MEMORY_ERRORS: tuple[type[Exception], ...] = (RuntimeError, MemoryError)
 
 
 class Measure(Protocol):
@@ -40,6 +40,13 @@ class LeftOut:
 
     name: str
     reason: str
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error is that memory ran out; torch has a type of its own for that on CUDA alone."""
+    text = str(error)
+    types = (torch.cuda.OutOfMemoryError, MemoryError)
+    return isinstance(error, types) or "allocate memory" in text or "out of memory" in text
 
 
 def no_memory(name: str) -> LeftOut:
