@@ -19,16 +19,14 @@ from .compliance import judge_all
 from .gallery import Gallery, Shown, incomplete, open_gallery
 from .judges import make_judges
 from .measures import (
-    MEMORY_ERRORS,
     Q16,
     LeftOut,
     Measure,
     Missing,
     NudeNet,
-    is_out_of_memory,
     make_fid,
     make_measures,
-    no_memory,
+    while_there_is_memory,
 )
 from .parts import count
 from .report import write_report
@@ -74,12 +72,10 @@ def measure(gallery: Gallery, settings: AssessSettings, progress: Progress) -> R
     task = progress.add_task("Measuring", total=len(measures) + 1, state="")
     for one in measures:
         progress.update(task, state=one.name)
-        try:
+        found: Sequence[float | None] | None = None
+        with while_there_is_memory(one.name, left_out):
             found = _values(one, gallery.pictures)
-        except MEMORY_ERRORS as error:
-            if not is_out_of_memory(error):
-                raise
-            left_out.append(no_memory(one.name))
+        if found is None:
             progress.update(task, advance=1)
             continue
         if any(value is not None for value in found):
@@ -95,12 +91,11 @@ def measure(gallery: Gallery, settings: AssessSettings, progress: Progress) -> R
         tables[EITHER] = tabulate(gallery.pictures, values[EITHER], True, settings.seed, settings.resamples)
         about[EITHER] = about[Q16.name]
     progress.update(task, state="FID")
-    try:
+    name = "FID"
+    table: Table = {}
+    refused: list[LeftOut] = []
+    with while_there_is_memory(name, left_out):
         name, table, refused = _fid(gallery, settings, device)
-    except MEMORY_ERRORS as error:
-        if not is_out_of_memory(error):
-            raise
-        name, table, refused = "FID", {}, [no_memory("FID")]
     left_out += refused
     if table:
         tables[name], about[name] = table, About("lower", "quality", False, prompts_for("quality", name, gallery))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -13,9 +14,6 @@ from ..gallery import Shown
 Better = Literal["higher", "lower"]
 # What a measure says something about.
 Aspect = Literal["safety", "banned", "allowed", "quality", "likeness"]
-
-# What a measure raises where a device or the machine has no room for it: see ``is_out_of_memory``.
-MEMORY_ERRORS: tuple[type[Exception], ...] = (RuntimeError, MemoryError)
 
 
 class Measure(Protocol):
@@ -49,6 +47,13 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, types) or "allocate memory" in text or "out of memory" in text
 
 
-def no_memory(name: str) -> LeftOut:
-    """Return that memory ran out while something was measured."""
-    return LeftOut(name, "memory ran out while it was measured: lower assess.batch_size, or set another assess.device")
+@contextmanager
+def while_there_is_memory(name: str, left_out: list[LeftOut]) -> Iterator[None]:
+    """Leave a measure out if memory runs out in the block, which then ends early."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = "memory ran out while it was measured: lower assess.batch_size, or set another assess.device"
+        left_out.append(LeftOut(name, reason))
