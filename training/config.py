@@ -142,6 +142,11 @@ class LossSection(Section):
     safeguard: float | None = Field(
         None, ge=0, lt=1, description="Diffusion-SDPO: rejected images do not make chosen ones worse; its slack, from 0"
     )
+    fidelity: NonNegativeFloat = Field(
+        0.0,
+        description="how much it counts if what a user allows is drawn otherwise than by the base; such pairs are no "
+        "preferences then. The pairs need a column category",
+    )
     timestep_weight_limit: NonNegativeFloat = Field(
         0.0, description="errors count as those of the picture, at most this many times as much; 0: as they are"
     )

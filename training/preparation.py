@@ -17,6 +17,7 @@ from ..profiles import Profile, levels
 from ..profiles.encoders.attributes import DIM as ATTRIBUTES_DIM
 from .base import BaseModel
 from .config import LossSection, TrainConfig
+from .data.allowed import allowed_pairs
 from .data.cache import build_cache
 from .data.cached import CachedPairs
 from .data.pairs import open_pairs
@@ -73,7 +74,8 @@ def prepare_data(
     )
 
     def batches(pairs: CachedPairs, indices: Sequence[int]) -> Batches:
-        return Batches(pairs, indices, draws, config.data.resolution)
+        allowed = allowed_pairs(pairs) if config.loss.fidelity else None
+        return Batches(pairs, indices, draws, config.data.resolution, allowed)
 
     def mixed(indices: Sequence[int]) -> list[int]:
         # Only the first ones are looked at, and a set may be sorted by user.

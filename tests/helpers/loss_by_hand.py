@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +24,14 @@ from comfyui_psa.training.dpo.draws import Draws
 
 
 class StepByHand(NamedTuple):
-    """Means over the pairs of a step: the loss, and by how much chosen images got worse, weighted."""
+    """Means over the pairs of a step: the loss, and by how much chosen images got worse, weighted.
+
+    With fidelity the second is of preferences, and ``deviation`` of pairs that show what their user allows.
+    """
 
     loss: float
     anchor: float
+    deviation: float
 
 
 def loss_by_hand(run: Run, data: Path, step: int) -> float:
@@ -52,7 +57,8 @@ def step_by_hand(run: Run, data: Path, step: int) -> StepByHand:
     pairs_per_step = run.config.run.batch_size * run.config.run.accumulation
     rates = (loss.prompt_dropout, loss.user_dropout, loss.noise_offset)
     draws = Draws(run.config.run.seed, 1000, *rates, loss.min_timestep, loss.noises_per_pair)
-    rows, losses, anchors, dropped = read_metadata(data), [], [], []
+    rows, losses, dropped = read_metadata(data), [], []
+    anchors, deviations = [], []
     for sample in range((step - 1) * pairs_per_step, step * pairs_per_step):
         epoch, position = divmod(sample, len(rows))
         number = int(draws.order(epoch, len(rows))[position])
@@ -62,20 +68,27 @@ def step_by_hand(run: Run, data: Path, step: int) -> StepByHand:
         user = (embeddings[row["user_data"]["User_ID"]] - mean) / deviation
         user = torch.zeros_like(user) if draw.user_dropped else user
         text, added = _encoded_prompt(pipeline, caption)
-        errors = []
+        errors, apart = [], []
         for side in ("chosen", "rejected"):
             latent = _encoded_image(pipeline.vae, data / row[side])
             noisy, target = _noised(pipeline, latent, draw.noise[None], draw.timestep)
-            for unet, who in ((policy, user[None]), (reference, None)):
-                predicted = unet(noisy, draw.timestep, text, who, **added)
-                errors.append(F.mse_loss(predicted, target).double())
+            said = [
+                unet(noisy, draw.timestep, text, who, **added)
+                for unet, who in ((policy, user[None]), (reference, None))
+            ]
+            errors += [F.mse_loss(predicted, target).double() for predicted in said]
+            apart.append(F.mse_loss(*said).double())
         chosen, chosen_reference, rejected, rejected_reference = errors
         weight = _weight(pipeline, draw.timestep, loss.timestep_weight_limit)
+        if loss.fidelity and row["category"] not in row["user_data"]["Banned_Categories"]:
+            deviations.append(sum(apart) / 2)
+            losses.append(math.log(2) + loss.fidelity * weight * deviations[-1])
+            continue
         inside = -beta / 2 * weight * ((chosen - rejected) - (chosen_reference - rejected_reference))
         anchors.append(weight * (chosen - chosen_reference))
         losses.append(-F.logsigmoid(inside) + winner_anchor * anchors[-1])
     assert len(set(dropped)) == 4  # with and without prompt, with and without user
-    return StepByHand(float(torch.stack(losses).mean()), float(torch.stack(anchors).mean()))
+    return StepByHand(*(float(torch.stack(found).mean()) if found else 0.0 for found in (losses, anchors, deviations)))
 
 
 def _two_branch(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> TwoBranchUNet:

@@ -33,6 +33,7 @@ from .user_embeddings import encoded_users, loaded_users
 logger = logging.getLogger(__name__)
 
 SHARD_ROWS = 256
+_PAIR_COLUMNS = ("where", "caption", "user_id", "user", "category")
 
 
 def build_cache(
@@ -78,9 +79,9 @@ def build_cache(
 
 
 def _cache_table(run: CachePass, pairs: Pairs, fingerprint: str, source: Path) -> Dataset:
-    """Return the rows of the source without images: ``where``, ``caption``, ``user_id`` and ``user`` (JSON)."""
-    part = run.part("pairs", {"pairs": fingerprint})
-    features = Features({name: Value("string") for name in ("where", "caption", "user_id", "user")})
+    """Return the rows of the source without images: ``_PAIR_COLUMNS``, all of them text; ``user`` is JSON."""
+    part = run.part("pairs", {"pairs": fingerprint, "columns": ", ".join(_PAIR_COLUMNS)})
+    features = Features({name: Value("string") for name in _PAIR_COLUMNS})
     shards = part.shards()
     if shards is not None:
         return part.finish(len(part.open(shards)))
@@ -96,9 +97,9 @@ def _cache_table(run: CachePass, pairs: Pairs, fingerprint: str, source: Path) -
     return part.finish(rows)
 
 
-def _without_images(pair: Pair) -> dict[str, str]:
+def _without_images(pair: Pair) -> dict[str, str | None]:
     user = json.dumps(dict(pair.user), default=str)
-    return {"where": pair.where, "caption": pair.caption, "user_id": pair.user_id, "user": user}
+    return dict(zip(_PAIR_COLUMNS, (pair.where, pair.caption, pair.user_id, user, pair.category), strict=True))
 
 
 def _cache_users(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +33,9 @@ class CachedRow:
 class CachedPairs:
     """The usable pairs of a source. Tensors come in float32, whatever they are stored as, and belong to the caller.
 
-    ``users`` are the ids of the users of the rows, sorted, ``row_users`` and ``row_captions`` those of each row, and
-    ``source_rows`` their numbers in the source; ``skipped`` says of each row that was left out which one it is and why.
+    ``users`` are the ids of the users of the rows, sorted, ``row_users``, ``row_captions`` and ``row_categories`` (None
+    without one) those of each row, and ``source_rows`` their numbers in the source; ``skipped`` says of each row that
+    was left out which one it is and why.
     """
 
     def __init__(
@@ -45,9 +48,10 @@ class CachedPairs:
         self._caption_at = {caption: position for position, caption in enumerate(captions["caption"][:])}
         known = enumerate(zip(users["user_id"][:], users["problem"][:], strict=True))
         self._user_at = {user: position for position, (user, problem) in known if problem is None}
-        ids, texts = pairs["user_id"][:], pairs["caption"][:]
+        ids, texts, categories = (pairs[name][:] for name in ("user_id", "caption", "category"))
         self.row_users: tuple[str, ...] = tuple(ids[row] for row in self.source_rows)
         self.row_captions: tuple[str, ...] = tuple(texts[row] for row in self.source_rows)
+        self.row_categories: tuple[str | None, ...] = tuple(categories[row] for row in self.source_rows)
         self.users: tuple[str, ...] = tuple(sorted(set(self.row_users)))
         self.skipped: tuple[str, ...] = tuple(skipped[row] for row in sorted(skipped))
 
@@ -68,6 +72,11 @@ class CachedPairs:
             rejected=latents["rejected"],
             crop=Crop(original_size, top_left, bool(latents["flipped"])),
         )
+
+    def user_data(self, index: int) -> tuple[str, dict[str, Any]]:
+        """Return how people call the usable pair ``index``, and what the set says about its user."""
+        pair = self._pairs[self.source_rows[index]]
+        return pair["where"], json.loads(pair["user"])
 
     def text(self, caption: str) -> TextEmbedding:
         """Return the text embedding of a caption of the rows, of the empty one, or of an extra one.

@@ -19,12 +19,23 @@ class Batches:
     Sample ``n`` of a run is pair ``order[n % rows]`` of epoch ``n // rows``, whoever computes it.
     """
 
-    def __init__(self, cached: CachedPairs, indices: Sequence[int], draws: Draws, resolution: int) -> None:
-        """Use the pairs ``indices`` of a cache; ``resolution`` is the size of the images in pixels."""
+    def __init__(
+        self,
+        cached: CachedPairs,
+        indices: Sequence[int],
+        draws: Draws,
+        resolution: int,
+        allowed: Sequence[bool] | None = None,
+    ) -> None:
+        """Use the pairs ``indices`` of a cache; ``resolution`` is the size of the images in pixels.
+
+        ``allowed`` says of each pair of the cache whether its user allows what it shows; None if that does not count.
+        """
         self.indices = tuple(indices)
         self._cached = cached
         self._draws = draws
         self._resolution = resolution
+        self._allowed = None if allowed is None else dict(zip(cached.source_rows, allowed, strict=True))
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.long)
 
@@ -81,6 +92,7 @@ class Batches:
             pooled=torch.stack(pooled) if pooled else None,
             time_ids=torch.stack([self._time_ids(row) for row in rows]) if pooled else None,
             variants=tuple(draw.variant for draw in draws if draw.variant is not None),
+            allowed=None if self._allowed is None else torch.tensor([self._allowed[row.row] for row in rows]),
         )
 
     def _time_ids(self, row: CachedRow) -> Tensor:

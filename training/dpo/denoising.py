@@ -22,7 +22,8 @@ class PairBatch:
     ``timesteps`` is ``[n]``, ``text`` is ``[n, tokens, dim]``; ``pooled`` ``[n, dim]`` and ``time_ids``
     ``[n, 6]`` are SDXL's and None elsewhere. ``embedding`` ``[n, dim]`` are user embeddings, ``dropped``
     ``[n]`` says who is the null user instead. ``rows`` are the rows of the data set; ``variants`` say which of its
-    noises each pair has here, and are empty where noise never comes again.
+    noises each pair has here, and are empty where noise never comes again. ``allowed`` ``[n]`` says which pairs show
+    what their user allows, and is None where that does not count.
     """
 
     rows: tuple[int, ...]
@@ -36,6 +37,7 @@ class PairBatch:
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
     variants: tuple[int, ...] = ()
+    allowed: Tensor | None = None
 
     def to(self, device: torch.device) -> PairBatch:
         """Return the batch on ``device``."""
@@ -59,10 +61,11 @@ def pair_errors(
     added = text.added(batch.time_ids, unet.dtype)
     predicted = unet(noisy.to(unet.dtype), timesteps, text.hidden.to(unet.dtype), **added)
     target = prediction_target(scheduler, latents, noise, timesteps)
-    residuals = predicted.sample.float() - target
+    prediction = predicted.sample.float()
+    residuals = prediction - target
     chosen, rejected = residuals.square().mean(dim=(1, 2, 3)).chunk(2)
     first, second = residuals.detach().chunk(2)
-    return PairErrors(chosen, rejected, (first * second).mean(dim=(1, 2, 3)))
+    return PairErrors(chosen, rejected, (first * second).mean(dim=(1, 2, 3)), prediction)
 
 
 def prediction_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -7,10 +7,18 @@ With weights k = 1 and without the anchor, lambda = 0, it is Wallace et al., arX
 constants of arXiv 2508.01151. The first term is content with pictures that get worse, as long as rejected ones do so
 faster. Two things hold the chosen image w against that: the anchor, a term of its own, and Diffusion-SDPO's safeguard,
 which takes from the rejected image's gradient what would make w worse.
+
+A preference for what is allowed pushes away from the base as well: towards more of it. With fidelity mu, pairs that
+show what their user allows are no preferences, and the model is to predict of both images what the reference does:
+
+    L = ln 2 + mu k(t) [mse(eps_theta(w), eps_ref(w)) + mse(eps_theta(l), eps_ref(l))] / 2
+
+ln 2 is what a pair without a preference costs, so that every run begins there.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,12 +29,15 @@ from torch import Tensor
 class PairErrors(NamedTuple):
     """Denoising errors of a batch of pairs: mean squares over channels and pixels, float32 ``[pairs]``.
 
-    ``alignment`` is the mean product of the two images' residuals, without gradient; None where nobody needs it.
+    ``alignment`` is the mean product of the two images' residuals, without gradient. ``prediction``
+    ``[2 * pairs, ...]`` is what the UNet said: of the chosen images, then of the rejected ones. Both are None where
+    nobody needs them.
     """
 
     chosen: Tensor
     rejected: Tensor
     alignment: Tensor | None = None
+    prediction: Tensor | None = None
 
 
 class DPOLoss(NamedTuple):
@@ -78,3 +89,22 @@ def diffusion_dpo_loss(
     if winner_anchor:
         loss = loss + winner_anchor * weights * (model.chosen - reference.chosen)
     return DPOLoss(loss, margin.detach())
+
+
+def deviation(model: PairErrors, reference: PairErrors) -> Tensor:
+    """Return the mean square by which model and reference differ in what they predict of a pair, ``[pairs]``."""
+    assert model.prediction is not None
+    assert reference.prediction is not None
+    squares = (model.prediction - reference.prediction).square().flatten(start_dim=1).mean(dim=1)
+    return squares.view(2, -1).mean(dim=0)
+
+
+def with_fidelity(
+    preference: DPOLoss, deviations: Tensor, allowed: Tensor, fidelity: float, weights: Tensor | float = 1.0
+) -> DPOLoss:
+    """Return the loss with the pairs ``allowed`` ``[pairs]`` kept at the reference instead of preferred.
+
+    ``deviations`` ``[pairs]`` are ``deviation``, ``fidelity`` is mu, ``weights`` are k as in ``diffusion_dpo_loss``.
+    """
+    kept = math.log(2) + fidelity * weights * deviations
+    return preference._replace(loss=torch.where(allowed, kept, preference.loss))

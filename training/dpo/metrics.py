@@ -16,14 +16,17 @@ from ...adapter import PSAAdapter
 from ...safe_files import replacing
 from ..errors import TrainingError
 from .denoising import PairBatch
-from .loss import DPOLoss, PairErrors
+from .loss import DPOLoss, PairErrors, deviation
 
 METRICS = "metrics.jsonl"
 QUARTERS = 4
 
 
 class PairRecords(NamedTuple):
-    """What is noted of each pair, ``[pairs]`` each; errors are with the adapter, less those of the reference."""
+    """What is noted of each pair, ``[pairs]`` each; errors are with the adapter, less those of the reference.
+
+    ``allowed`` is 1 for pairs that are no preferences, see ``loss.fidelity``, and ``deviation`` is theirs.
+    """
 
     row: Tensor
     timestep: Tensor
@@ -33,10 +36,14 @@ class PairRecords(NamedTuple):
     chosen_error: Tensor
     rejected_error: Tensor
     reference_error: Tensor
+    allowed: Tensor
+    deviation: Tensor
 
     @classmethod
     def of(cls, batch: PairBatch, model: PairErrors, reference: PairErrors, result: DPOLoss) -> PairRecords:
         """Collect them from one micro-batch."""
+        none = torch.zeros_like(result.margin)
+        allowed = none if batch.allowed is None else batch.allowed
         return cls(
             row=torch.tensor(batch.rows, dtype=torch.float32, device=result.loss.device),
             timestep=batch.timesteps,
@@ -46,23 +53,37 @@ class PairRecords(NamedTuple):
             chosen_error=model.chosen.detach() - reference.chosen,
             rejected_error=model.rejected.detach() - reference.rejected,
             reference_error=(reference.chosen + reference.rejected) / 2,
+            allowed=allowed,
+            deviation=none if batch.allowed is None else allowed * deviation(model, reference).detach(),
         )
 
     def table(self) -> Tensor:
         """Return ``[pairs, columns]`` in float32, which all devices have; rows up to 16 million stay exact."""
         return torch.stack([column.float() for column in self], dim=1)
 
+    @classmethod
+    def preferences(cls, table: Tensor) -> PairRecords:
+        """Return the records in a table of those pairs that are preferences; of all pairs if none of them is."""
+        records = cls(*table.unbind(dim=1))
+        preferred = records.allowed == 0
+        return cls(*table[preferred].unbind(dim=1)) if bool(preferred.any()) else records
+
 
 def summarise(table: Tensor, timesteps: int) -> dict[str, float]:
-    """Return the means over a table of records; errors also per quarter of the ``timesteps``."""
-    records = PairRecords(*table.unbind(dim=1))
+    """Return the means over a table of records: the loss over all pairs, ``deviation`` over those that are allowed.
+
+    All else is of the pairs that are preferences; errors also per quarter of the ``timesteps``.
+    """
+    everything, records = PairRecords(*table.unbind(dim=1)), PairRecords.preferences(table)
     values = {
-        "loss": float(records.loss.mean()),
+        "loss": float(everything.loss.mean()),
         "implicit_accuracy": float(records.accuracy.mean()),
         "margin": float(records.margin.mean()),
         "chosen_error": float(records.chosen_error.mean()),
         "rejected_error": float(records.rejected_error.mean()),
     }
+    if bool(everything.allowed.any()):
+        values["deviation"] = float(everything.deviation.sum() / everything.allowed.sum())
     quarter = (records.timestep * QUARTERS / timesteps).floor()
     for i in range(QUARTERS):
         inside = quarter == i
@@ -115,8 +136,8 @@ class Unlogged:
         return {"tables": self._tables}
 
     def load_state_dict(self, state: Mapping[str, list[Tensor]]) -> None:
-        """Bring back what a checkpoint kept."""
-        self._tables = list(state["tables"])
+        """Bring back what a checkpoint kept, unless an earlier version noted other columns."""
+        self._tables = [table for table in state["tables"] if table.shape[1] == len(PairRecords._fields)]
 
 
 class MetricsFile:

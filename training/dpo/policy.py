@@ -18,7 +18,7 @@ from ..errors import TrainingError
 from .attachment import Attachment
 from .denoising import PairBatch, error_weights, pair_errors
 from .inputs import Text, UNetInputs
-from .loss import DPOLoss, PairErrors, diffusion_dpo_loss, safeguarded
+from .loss import DPOLoss, PairErrors, deviation, diffusion_dpo_loss, safeguarded, with_fidelity
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,7 +53,10 @@ class Policy:
         if section.safeguard is not None:
             model = safeguarded(model, section.safeguard)
         weights = error_weights(self.scheduler, batch.timesteps, section.timestep_weight_limit)
-        return diffusion_dpo_loss(model, reference, section.beta, section.winner_anchor, weights)
+        loss = diffusion_dpo_loss(model, reference, section.beta, section.winner_anchor, weights)
+        if batch.allowed is None:
+            return loss
+        return with_fidelity(loss, deviation(model, reference), batch.allowed, section.fidelity, weights)
 
     @contextmanager
     def applied(self, inputs: UNetInputs) -> Iterator[None]:
@@ -66,6 +69,7 @@ class RememberedReference:
     """The reference's errors of pairs whose noise comes again: measured once, on whichever rank; part of checkpoints.
 
     That is exact: the loss depends on the reference through these errors alone, and they on nothing that is trained.
+    With ``loss.fidelity`` it depends on what the reference predicts, which would be too much to remember.
     """
 
     def __init__(self, policy: Policy, gather: Callable[[Tensor], Tensor], rows: int, variants: int) -> None:
@@ -80,7 +84,7 @@ class RememberedReference:
 
     def errors(self, batch: PairBatch) -> PairErrors:
         """Return the errors of the base model, ``[pairs]`` each; the UNet runs unless all of them are known."""
-        if not batch.variants:
+        if not batch.variants or batch.allowed is not None:
             return self._policy.reference_errors(batch)
         keys = torch.tensor([batch.rows, batch.variants])
         known = self._table[keys[0], keys[1]]

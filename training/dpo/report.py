@@ -163,6 +163,7 @@ def _chapters(config: TrainConfig) -> tuple[Chapter, ...]:
                 Panel("Implicit accuracy", _by_split("implicit_accuracy"), (0.5, "chance")),
                 Panel("Margin", _by_split("margin"), (0.0, "reference")),
                 Panel("Anchor", _by_split("anchor"), (0.0, "reference")),
+                Panel("Deviation where allowed", _by_split("deviation"), (0.0, "reference"), from_zero=True),
             ),
             "The loss starts at ln 2 = 0.693, the value of an adapter that does nothing, and falls slowly under much "
             "noise. Held-out pairs should follow the training curve; where they turn upwards, the run is too long. "
@@ -171,7 +172,9 @@ def _chapters(config: TrainConfig) -> tuple[Chapter, ...]:
             "`optimizer.learning_rate` or `loss.beta` is too high. **Implicit accuracy says nothing about the "
             "pictures**: it was about the same in runs that did what their users wanted and in runs that did not. It "
             "only has to leave 0.5. The anchor is there with `loss.winner_anchor`: chosen images should not get worse "
-            "than in the base, so it belongs near 0 or below.",
+            "than in the base, so it belongs near 0 or below. The deviation is there with `loss.fidelity`: how far "
+            "predictions for what users allow are from the base's, as a mean square. It rises at first and then falls; "
+            "the other curves are of pairs that are preferences, the loss of all.",
         ),
         Chapter(
             "errors",

@@ -231,7 +231,7 @@ class Trainer:
         loss = self.config.loss
         if loss.winner_anchor or loss.final_winner_anchor:
             # Before it is multiplied by either value, so that the curve does not jump at the switch.
-            records = PairRecords(*table.unbind(dim=1))
+            records = PairRecords.preferences(table)
             weights = error_weights(self.policy.scheduler, records.timestep.long(), loss.timestep_weight_limit)
             values["anchor"] = float((weights * records.chosen_error).mean())
         return values

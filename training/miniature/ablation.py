@@ -52,9 +52,10 @@ class Variant(Section):
 
 
 class Ablation(Section):
-    """What is trained and measured, see ``ablation.toml``."""
+    """What is trained and measured, see ``ablation.toml``; ``common`` is set for every variant, before its own."""
 
     steps: PositiveInt
+    common: tuple[str, ...] = ()
     seeds: tuple[int, ...] = Field(min_length=1)
     per_cell: PositiveInt
     likeness: NonNegativeInt
@@ -125,6 +126,7 @@ def _train(
         f"run.checkpoint_every={plan.checkpoint_every}",
         f"run.checkpoints_total_limit={2 * plan.checkpoints}",  # and those of interruptions
         "validation.grid_every=0",
+        *plan.common,
         *variant.set,
     ]
     # Other settings, or another base, are another training, whatever it is called.

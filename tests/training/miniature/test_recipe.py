@@ -251,8 +251,11 @@ def test_an_ablation_trains_what_is_not_there_and_compares_it(
     monkeypatch.setattr(train, "write_report", mock.Mock())  # whose plots take longer than such a training
     short = [change for change in SHORT if not change.startswith(("run.steps", "validation.grid"))]
     plan = {"steps": 4, "seeds": [1, 2], "per_cell": 1, "likeness": 1, "curve": 1, "checkpoints": 2}
-    variants = {"text, plain": [], "the paper's": ['adapter.kinds=["constant"]', "loss.winner_anchor=0"]}
-    lines = [f"{name} = {value}" for name, value in plan.items()]
+    variants = {
+        "text, plain": ["loss.fidelity=3"],
+        "the paper's": ['adapter.kinds=["constant"]', "loss.winner_anchor=0"],
+    }
+    lines = [f"{name} = {value}" for name, value in plan.items()] + ["common = ['loss.fidelity=0', 'loss.beta=7']"]
     for name, changes in variants.items():
         lines += [f'[variants."{name}"]', f"set = {json.dumps([*short, *changes])}"]
     lines.append("first_phrases = true")  # of the last one
@@ -293,6 +296,8 @@ def test_an_ablation_trains_what_is_not_there_and_compares_it(
     assert names == ["text-plain-1", "text-plain-2", "the-paper-s-1", "the-paper-s-2"]
     kinds = [load_adapter(path).config for path in trained]
     assert [config.constant for config in kinds] == [False, False, True, True]
+    assert [config.training.get("fidelity") for config in kinds] == [3, 3, None, None]
+    assert {config.training["beta"] for config in kinds} == {7}
     before = [path.stat().st_mtime_ns for path in trained]
     assert run() == shown
     assert [path.stat().st_mtime_ns for path in trained] == before
@@ -318,7 +323,9 @@ def test_a_plan_that_makes_no_sense_is_refused(tmp_path: Path, text: str) -> Non
 
 def test_the_plan_that_is_shipped_names_settings_that_exist() -> None:
     plan = ablation.load_ablation(ablation.PLAN)
-    configs = {name: load_config(Path("miniature"), variant.set) for name, variant in plan.variants.items()}
+    configs = {
+        name: load_config(Path("miniature"), (*plan.common, *variant.set)) for name, variant in plan.variants.items()
+    }
     trained = {(configs[name].model_dump_json(), variant.first_phrases) for name, variant in plan.variants.items()}
     assert len(trained) == len(configs)
-    assert configs["text, mlp"] == load_config(Path("miniature"))
+    assert configs["text, mlp, fidelity"] == load_config(Path("miniature"))
