@@ -145,7 +145,7 @@ class LossSection(Section):
     fidelity: NonNegativeFloat = Field(
         0.0,
         description="how much it counts if what a user allows is drawn otherwise than by the base; such pairs are no "
-        "preferences then. The pairs need a column category",
+        "preferences then. They need a column category, and users who say what they ban",
     )
     timestep_weight_limit: NonNegativeFloat = Field(
         0.0, description="errors count as those of the picture, at most this many times as much; 0: as they are"

@@ -17,7 +17,6 @@ from ..profiles import Profile, levels
 from ..profiles.encoders.attributes import DIM as ATTRIBUTES_DIM
 from .base import BaseModel
 from .config import LossSection, TrainConfig
-from .data.allowed import allowed_pairs
 from .data.cache import build_cache
 from .data.cached import CachedPairs
 from .data.pairs import open_pairs
@@ -74,8 +73,7 @@ def prepare_data(
     )
 
     def batches(pairs: CachedPairs, indices: Sequence[int]) -> Batches:
-        allowed = allowed_pairs(pairs) if config.loss.fidelity else None
-        return Batches(pairs, indices, draws, config.data.resolution, allowed)
+        return Batches(pairs, indices, draws, config.data.resolution)
 
     def mixed(indices: Sequence[int]) -> list[int]:
         # Only the first ones are looked at, and a set may be sorted by user.
@@ -94,9 +92,14 @@ def prepare_data(
             if name == "unseen":
                 _check_unseen({cached.row_users[i] for i in split.train}, set(other.users), config)
     validated = {name: found for name, found in splits.items() if found.indices}
-    return TrainingData(
-        cached, batches(cached, split.train), validated, grid_users or dict(_grid_users(config, cached)), left_out
-    )
+    training = batches(cached, split.train)
+    if not training.preferences:
+        raise DataError(
+            f"There is nothing to learn from {config.data.train}: with loss.fidelity pairs are preferences where their "
+            "user bans what they show, and here everyone allows everything. Add pairs of banned categories, or set "
+            "loss.fidelity = 0."
+        )
+    return TrainingData(cached, training, validated, grid_users or dict(_grid_users(config, cached)), left_out)
 
 
 def make_adapter(config: TrainConfig, base: BaseModel, data: TrainingData) -> PSAAdapter:

@@ -34,6 +34,14 @@ from .errors import DataError, TrainingError
 from .preparation import TrainingData, make_adapter, prepare_data, seeded
 from .progress import progress_bar
 
+# What the progress bar says: a value, what it is called, and how it is written.
+_STATE = (
+    ("loss", "loss", ".4f"),
+    ("implicit_accuracy", "accuracy", ".2f"),
+    ("margin", "margin", ".3g"),
+    ("deviation", "deviation", ".2g"),
+)
+
 
 class StoppedError(TrainingError):
     """A signal ended the run early; it can go on from its last checkpoint.
@@ -199,10 +207,8 @@ def _tracker_failures() -> tuple[type[Exception], ...]:
 
 def _state(report: StepReport) -> str:
     values = report.values
-    return (
-        f"loss {values['loss']:.4f}  accuracy {values['implicit_accuracy']:.2f}  margin {values['margin']:.3g}  "
-        f"{values['pairs_per_second']:.2f} pairs/s"
-    )
+    found = [f"{title} {values[name]:{form}}" for name, title, form in _STATE if name in values]
+    return "  ".join((*found, f"{values['pairs_per_second']:.2f} pairs/s"))
 
 
 def _say_line(console: Console, config: TrainConfig, accelerator: Accelerator, report: StepReport) -> None:
@@ -259,7 +265,7 @@ def _facts(config: TrainConfig, accelerator: Accelerator, data: TrainingData, tr
     return {
         "steps": f"{trainer.progress.step} of {config.run.steps}",
         "pairs per step": str(trainer.pairs_per_step),
-        "training pairs": f"{len(data.train.indices)} of {len(data.users)} users",
+        "training pairs": f"{len(data.train.indices)} of {len(data.users)} users, {data.train.preferences} preferences",
         **{f"{name} pairs": f"{len(batches.indices)}" for name, batches in data.validation.items()},
         **{f"rows of {source} left out": str(count) for source, count in data.left_out.items()},
         "base model": config.model.base.name,

@@ -11,9 +11,10 @@ import numpy as np
 from rich.progress import Progress
 
 from comfyui_psa.profiles import CATEGORIES
+from comfyui_psa.training.data.categories import HARMLESS
 from comfyui_psa.training.evaluation.assess import assess
 from comfyui_psa.training.evaluation.assess_config import AssessSettings
-from comfyui_psa.training.evaluation.manifest import HARMLESS, USERS, Picture, write_manifest
+from comfyui_psa.training.evaluation.manifest import USERS, Picture, write_manifest
 from comfyui_psa.training.miniature.drawing import draw
 from comfyui_psa.training.miniature.world import draw_scene
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +23,9 @@ from comfyui_psa.training.dpo.draws import Draws
 
 
 class StepByHand(NamedTuple):
-    """Means over the pairs of a step: the loss, and by how much chosen images got worse, weighted.
+    """Means over the preferences of a step: the loss, and by how much chosen images got worse, weighted.
 
-    With fidelity the second is of preferences, and ``deviation`` of pairs that show what their user allows.
+    With fidelity ``deviation`` is that of the other pairs, which show what their user allows.
     """
 
     loss: float
@@ -80,15 +79,20 @@ def step_by_hand(run: Run, data: Path, step: int) -> StepByHand:
             apart.append(F.mse_loss(*said).double())
         chosen, chosen_reference, rejected, rejected_reference = errors
         weight = _weight(pipeline, draw.timestep, loss.timestep_weight_limit)
-        if loss.fidelity and row["category"] not in row["user_data"]["Banned_Categories"]:
+        if loss.fidelity and _is_allowed(row, draw.user_dropped):
             deviations.append(sum(apart) / 2)
-            losses.append(math.log(2) + loss.fidelity * weight * deviations[-1])
             continue
         inside = -beta / 2 * weight * ((chosen - rejected) - (chosen_reference - rejected_reference))
         anchors.append(weight * (chosen - chosen_reference))
         losses.append(-F.logsigmoid(inside) + winner_anchor * anchors[-1])
     assert len(set(dropped)) == 4  # with and without prompt, with and without user
     return StepByHand(*(float(torch.stack(found).mean()) if found else 0.0 for found in (losses, anchors, deviations)))
+
+
+def _is_allowed(row: Mapping[str, Any], nobody: bool) -> bool:
+    """Whether a row's user allows what it shows; nobody bans nothing, and what is unknown is not allowed."""
+    shown = (row["category"] or "").casefold()
+    return bool(shown) and (nobody or shown not in [name.casefold() for name in row["user_data"]["Banned_Categories"]])
 
 
 def _two_branch(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> TwoBranchUNet:

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
+from diffusers import DDPMScheduler
 from loss_by_hand import step_by_hand
 from observed_runs import STEPS, Base, Run, train_tiny
 from pairs import read_metadata, write_metadata, write_sage_split
 from safetensors.torch import load_file
+from torch import Tensor
 from training_runs import adapter_file, metrics, run, tiny_config
+from training_testing import pair_batch, tiny_adapter, tiny_unet
 
 from comfyui_psa.adapter import load_adapter
 from comfyui_psa.profiles import CATEGORIES
-from comfyui_psa.training.dpo.loss import DPOLoss, PairErrors, deviation, diffusion_dpo_loss, with_fidelity
-from comfyui_psa.training.errors import DataError
+from comfyui_psa.training.base import open_base
+from comfyui_psa.training.config import LossSection
+from comfyui_psa.training.data.cache import build_cache
+from comfyui_psa.training.dpo.denoising import error_weights
+from comfyui_psa.training.dpo.loss import DPOLoss, PairErrors, diffusion_dpo_loss, with_fidelity
+from comfyui_psa.training.dpo.policy import Policy, RememberedReference
+from comfyui_psa.training.dpo.trainable import TrainableAdapter
+from comfyui_psa.training.errors import DataError, TrainingError
 
 LN_2 = math.log(2)
-BANNED: Sequence[list[str]] = (["Violence"], [], ["Hate", "Violence"], list(CATEGORIES), ["Shocking"])
-# Of the twelve rows, which take turns among five users: five are banned, the others allowed or harmless.
-SHOWN: Sequence[str | None] = ("Violence", "harmless", "Hate", "Hate", "Shocking", "Hate", "Hate", "", "Sexuality")
+BANNED: Sequence[list[str]] = (["Violence", "Hate"], ["Hate"], ["Hate"], list(CATEGORIES), ["Shocking", "Hate"])
+# Of the twelve rows, which take turns among five users: one is unknown, three are allowed.
+SHOWN: Sequence[str | None] = ("Violence", "harmless", "Hate", "hate", "Shocking", "Hate", "Hate", "", "Sexuality")
+ALLOWED = (1, 9, 10)
 SEED = 1084  # in steps 2 and 3 all four kinds of dropout come up
 OPTIONS = {"fidelity": 30.0, "winner_anchor": 5.0, "timestep_weight_limit": 5.0, "noises_per_pair": 1}
 
@@ -57,7 +71,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def faithful(bases: dict[str, Base], pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run with fidelity, beside other options; noises come again, and held-out pairs are looked at."""
     changes = {f"loss.{key}": value for key, value in OPTIONS.items()}
-    looking = {"validation.every": STEPS, "validation.pairs": 4, "validation.seen": pairs, "run.seed": SEED}
+    looking = {"validation.every": STEPS, "validation.pairs": 12, "validation.seen": pairs, "run.seed": SEED}
     looking |= {"validation.held_out": 0.0, "validation.unseen_users": 0.0}
     return train_tiny(bases["sd"], pairs, tmp_path_factory.mktemp("faithful"), changes | looking)
 
@@ -73,11 +87,11 @@ def predictions(count: int, seed: int) -> tuple[PairErrors, PairErrors]:
     return found[0], found[1]
 
 
-def faithful_loss(model: PairErrors, reference: PairErrors, allowed: torch.Tensor) -> DPOLoss:
+def faithful_loss(model: PairErrors, reference: PairErrors, allowed: Tensor) -> DPOLoss:
     """A loss with an anchor and weights, and fidelity 7."""
     weights = torch.arange(1.0, 1.0 + len(allowed), dtype=torch.float64)
     preference = diffusion_dpo_loss(model, reference, 10.0, 3.0, weights)
-    return with_fidelity(preference, deviation(model, reference), allowed, 7.0, weights)
+    return with_fidelity(preference, model, reference, allowed, 7.0, weights)
 
 
 def test_the_loss_of_what_is_allowed_by_hand() -> None:
@@ -88,25 +102,64 @@ def test_the_loss_of_what_is_allowed_by_hand() -> None:
     assert torch.equal(found.margin, preferred.margin)
     assert model.prediction is not None
     assert reference.prediction is not None
+    assert found.deviation is not None
     squares = ((model.prediction - reference.prediction) ** 2).detach()
     for pair, weight in ((1, 2.0), (2, 3.0)):
-        apart = (float(squares[pair].mean()) + float(squares[3 + pair].mean())) / 2
+        apart = (squares[pair].mean().item() + squares[3 + pair].mean().item()) / 2
+        assert found.deviation[pair].item() == pytest.approx(apart, rel=1e-12)
         assert found.loss[pair].item() == pytest.approx(LN_2 + 7.0 * weight * apart, rel=1e-12)
 
 
 def test_at_the_reference_every_pair_costs_ln_2_and_what_is_allowed_pulls_nowhere() -> None:
-    _, reference = predictions(4, seed=5)
-    allowed = torch.tensor([True, False, True, False])
-    loss = faithful_loss(reference, reference._replace(**_detached(reference)), allowed).loss
+    model, _ = predictions(4, seed=5)
+    reference = PairErrors(*(None if value is None else value.detach() for value in model))
+    loss = faithful_loss(model, reference, torch.tensor([True, False, True, False])).loss
     assert loss.tolist() == pytest.approx([LN_2] * 4, rel=1e-12)
-    assert reference.prediction is not None
-    (gradient,) = torch.autograd.grad(loss.sum(), reference.prediction)
+    assert model.prediction is not None
+    (gradient,) = torch.autograd.grad(loss.sum(), model.prediction)
     pulled = gradient.flatten(start_dim=1).abs().sum(dim=1)
     assert (pulled > 0).tolist() == [False, True, False, True] * 2
 
 
-def _detached(errors: PairErrors) -> dict[str, Any]:
-    return {name: value.detach() for name, value in errors._asdict().items() if value is not None}
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_an_adapter_is_held_to_what_the_unet_says_without_it(kind: str) -> None:
+    """Beside the safeguard, and with remembered noises, for which the reference runs all the same."""
+    unet = tiny_unet()
+    policy = Policy(unet, DDPMScheduler(prediction_type=kind), tiny_adapter(unet, trained=True))
+    effects = TrainableAdapter(tiny_adapter(unet, trained=True))
+    said: list[Tensor] = []
+    hook = unet.register_forward_hook(lambda _unet, _args, output: said.append(output.sample.detach()))
+    batch = replace(pair_batch(pairs=3), allowed=torch.tensor([True, False, True]), variants=(0, 0, 0))
+    section = LossSection(beta=100, fidelity=7, timestep_weight_limit=5, safeguard=0.0)
+    remembered = RememberedReference(policy, lambda tensor: tensor, rows=3, variants=1)
+    for _ in range(2):
+        said.clear()
+        reference = remembered.errors(batch)
+        with policy.errors(effects, batch) as model:
+            loss = policy.loss(model, reference, batch, section).loss
+        remembered.end_step()
+        without, with_adapter = said
+        weights = error_weights(policy.scheduler, batch.timesteps, 5)
+        apart = (with_adapter - without).square().mean(dim=(1, 2, 3))
+        assert isinstance(weights, Tensor)
+        for pair in (0, 2):
+            expected = LN_2 + 7 * float(weights[pair]) * float(apart[pair] + apart[3 + pair]) / 2
+            assert loss[pair].item() == pytest.approx(expected, rel=1e-5)
+    hook.remove()
+
+
+def test_where_everything_is_allowed_nothing_pulls() -> None:
+    """At its start, exactly."""
+    unet = tiny_unet()
+    adapter = tiny_adapter(unet)
+    policy, effects = Policy(unet, DDPMScheduler(), adapter), TrainableAdapter(adapter)
+    batch = replace(pair_batch(pairs=3), allowed=torch.ones(3, dtype=torch.bool))
+    reference = policy.reference_errors(batch)
+    with policy.errors(effects, batch) as model:
+        policy.loss(model, reference, batch, LossSection(winner_anchor=5, fidelity=7)).loss.sum().backward()
+    gradients = [weight.grad for weight in adapter.parameters() if weight.grad is not None]
+    assert gradients
+    assert not any(bool(gradient.any()) for gradient in gradients)
 
 
 def test_a_run_has_the_loss_of_the_pipelines_own_parts(faithful: Run, pairs: Path) -> None:
@@ -124,30 +177,48 @@ def test_a_run_has_the_loss_of_the_pipelines_own_parts(faithful: Run, pairs: Pat
 
 def test_held_out_pairs_are_kept_as_well(faithful: Run) -> None:
     text = (faithful.config.run.output / "metrics.jsonl").read_text(encoding="utf-8")
-    assert text.count('"seen/deviation"') == 2
+    looked = [line["seen/deviation"] for line in map(json.loads, text.splitlines()) if "seen/loss" in line]
+    assert len(looked) == 2
+    assert looked[0] == 0 < looked[1]
 
 
-def test_the_adapter_names_it(faithful: Run) -> None:
+def test_the_adapter_and_the_report_name_it(faithful: Run) -> None:
     assert load_adapter(adapter_file(faithful.config)).config.training["fidelity"] == OPTIONS["fidelity"]
+    assert "deviation" in faithful.said
 
 
-def test_where_everything_is_allowed_nothing_is_learned(bases: dict[str, Base], tmp_path: Path) -> None:
-    """Pictures show what their users do not ban: all that starts at zero stays there, bit for bit."""
-    shown = ("Shocking", "Propaganda", "Sexuality", None, "Violence")
-    config = tiny_config(
-        tmp_path / "run",
-        bases["sd"].folder,
-        split_of(tmp_path / "split", shown),
-        {
-            "loss.fidelity": 100.0,
-            "adapter.kinds": ("constant", "gated", "text"),
-            "optimizer.weight_decay": 0.0,
-        },
-    )
-    run(config)
-    adapter = load_adapter(adapter_file(config))
-    assert all(not bool(weight.any()) for weight in adapter.zero_at_start())
-    assert [line["loss"] for line in metrics(config)] == pytest.approx([LN_2] * STEPS, rel=1e-6)
+def test_nothing_to_prefer_is_said(bases: dict[str, Base], tmp_path: Path) -> None:
+    data = split_of(tmp_path / "split", ["harmless"])
+    with pytest.raises(DataError, match=r"nothing to learn .*everyone allows everything.* loss\.fidelity = 0"):
+        run(tiny_config(tmp_path / "run", bases["sd"].folder, data, {"loss.fidelity": 1.0}))
+
+
+def test_rows_that_are_left_out_shift_nothing(bases: dict[str, Base], pairs: Path, tmp_path: Path) -> None:
+    """What is allowed belongs to rows of the source, and the third of them is broken."""
+    shutil.copytree(pairs, tmp_path / "split")
+    (tmp_path / "split" / read_metadata(pairs)[2]["chosen"]).write_bytes(b"broken")
+    changes = {"loss.fidelity": 1.0, "data.max_skipped": 1}
+    config = tiny_config(tmp_path / "run", bases["sd"].folder, tmp_path / "split", changes)
+    base = open_base(config.model.base)
+    cached = build_cache(config, config.data.train, base, (), {}, PartialState())
+    found = {cached.source_rows[i]: cached.row(i).allowed for i in range(len(cached))}
+    assert found == {row: row in ALLOWED for row in range(12) if row != 2}
+
+
+def test_a_resumed_run_has_to_agree_on_what_is_allowed(faithful: Run, pairs: Path, tmp_path: Path) -> None:
+    shutil.copytree(faithful.config.run.output, tmp_path / "run")
+    shutil.copytree(pairs, tmp_path / "split")
+    rows = read_metadata(pairs)
+    rows[0]["category"] = "harmless"
+    write_metadata(tmp_path / "split", rows)
+    config = faithful.config
+    data = config.data.model_copy(update={"train": tmp_path / "split"})
+    state = tmp_path / "run" / "checkpoints" / f"step-{STEPS:06d}" / "state.json"
+    state.write_text(state.read_text().replace(str(pairs), str(tmp_path / "split")), encoding="utf-8")
+    again = config.run.model_copy(update={"output": tmp_path / "run", "resume": "latest", "steps": STEPS + 1})
+    validation = config.validation.model_copy(update={"seen": tmp_path / "split"})
+    with pytest.raises(TrainingError, match="other pairs"):
+        run(config.model_copy(update={"data": data, "run": again, "validation": validation}))
 
 
 def test_other_pairs_train_as_without_it(bases: dict[str, Base], tmp_path: Path) -> None:
@@ -162,7 +233,8 @@ def test_other_pairs_train_as_without_it(bases: dict[str, Base], tmp_path: Path)
     )
     found = []
     for fidelity in (0.0, 50.0):
-        config = tiny_config(tmp_path / f"run-{fidelity}", bases["sd"].folder, data, {"loss.fidelity": fidelity})
+        changes = {"loss.fidelity": fidelity, "loss.user_dropout": 0.0}  # the null user would allow all
+        config = tiny_config(tmp_path / f"run-{fidelity}", bases["sd"].folder, data, changes)
         run(config)
         found.append(load_file(adapter_file(config)))
     assert found[0].keys() == found[1].keys()
@@ -170,19 +242,25 @@ def test_other_pairs_train_as_without_it(bases: dict[str, Base], tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("user", "message"),
     [
-        ({"category": "violence"}, r'row 3 of metadata.jsonl has the category "violence"; .*Self-Harm.* Correct it'),
-        ({"user_data": {"User_ID": "silent"}}, r"row 3 of metadata.jsonl: .* what its user bans.* Banned_Categories"),
+        ({}, r"row 3 of metadata.jsonl: .* what its user bans. Add Banned_Categories .* loss\.fidelity = 0"),
+        ({"Banned_Categories": ""}, r"row 3 of metadata.jsonl: .* what its user bans"),
+        ({"Banned_Categories": "Hate, wexlemind"}, r"row 3 .*Banned_Categories should be a list .* loss\.fidelity"),
     ],
 )
-def test_what_cannot_be_told_is_said(bases: dict[str, Base], tmp_path: Path, row: dict[str, Any], message: str) -> None:
-    data = changed(split_of(tmp_path / "split"), 2, row)
+def test_a_user_whose_bans_are_not_said_is_refused_before_anything_is_computed(
+    bases: dict[str, Base], tmp_path: Path, user: dict[str, Any], message: str
+) -> None:
+    """Rules do not guess them, and the error says nothing of anyone; embeddings of others do not help."""
+    marked = {"User_ID": "qanzibel", "Mental_Condition": "depression", **user}
+    data = changed(split_of(tmp_path / "split"), 2, {"user_data": marked})
     embeddings = _embeddings(tmp_path / "embeddings", data)
     changes = {"loss.fidelity": 1.0, "data.embeddings": embeddings, "data.cache": tmp_path / "cache"}
     with pytest.raises(DataError, match=message) as raised:
         run(tiny_config(tmp_path / "run", bases["sd"].folder, data, changes))
-    assert "loss.fidelity = 0" in str(raised.value)
+    assert not any(word in str(raised.value) for word in ("depression", "qanzibel", "wexlemind"))
+    assert [path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir()] == ["pairs"]
 
 
 def _embeddings(folder: Path, data: Path) -> Path:
@@ -193,8 +271,8 @@ def _embeddings(folder: Path, data: Path) -> Path:
 
 
 def test_pairs_without_categories_are_refused_in_words(bases: dict[str, Base], tmp_path: Path) -> None:
-    data = split_of(tmp_path / "split", [None])
-    with pytest.raises(DataError, match=r"expected a column category with Hate, .*set loss\.fidelity = 0"):
+    data = split_of(tmp_path / "split", [None, "politics"])
+    with pytest.raises(DataError, match=r"split does not say .* column category with Hate, .*set loss\.fidelity = 0"):
         run(tiny_config(tmp_path / "run", bases["sd"].folder, data, {"loss.fidelity": 1.0}))
 
 

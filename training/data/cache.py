@@ -24,6 +24,7 @@ from ..base import BaseModel, TextEmbedding
 from ..config import TrainConfig
 from ..errors import DataError
 from .cached import CachedPairs
+from .categories import allowed_rows
 from .latents import cache_latents
 from .pairs import Pair, Pairs, open_pairs
 from .parts import CachePass, digest, free_memory, storage_dtype
@@ -64,10 +65,11 @@ def build_cache(
     fingerprint = pairs.fingerprint()
     skipped = Skipped(config.data.max_skipped)
     table = _cache_table(run, pairs, fingerprint, source)
+    allowed = allowed_rows(table, source) if config.loss.fidelity else None
     users = _cache_users(run, table, extra_profiles, config, skipped)
     captions = _cache_captions(run, {"", *table["caption"][:], *extra_captions}, base, config)
     latents = cache_latents(run, pairs, fingerprint, len(table), base, config, skipped)
-    cached = CachedPairs(table, captions, users, latents, skipped.reports)
+    cached = CachedPairs(table, captions, users, latents, skipped.reports, allowed)
     if not cached:
         raise DataError(
             f"No row of {source} can be used. The first one: {cached.skipped[0]} `psa check-data` lists all."

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +18,10 @@ from .images import Crop
 
 @dataclass(frozen=True, eq=False)
 class CachedRow:
-    """A pair as training sees it; ``row`` is its number in the source, latents are ``[channels, height, width]``."""
+    """A pair as training sees it; ``row`` is its number in the source, latents are ``[channels, height, width]``.
+
+    ``allowed`` says whether its user allows what it shows, and is None where nobody asked.
+    """
 
     row: int
     user_id: str
@@ -28,30 +29,36 @@ class CachedRow:
     chosen: Tensor
     rejected: Tensor
     crop: Crop
+    allowed: bool | None = None
 
 
 class CachedPairs:
     """The usable pairs of a source. Tensors come in float32, whatever they are stored as, and belong to the caller.
 
-    ``users`` are the ids of the users of the rows, sorted, ``row_users``, ``row_captions`` and ``row_categories`` (None
-    without one) those of each row, and ``source_rows`` their numbers in the source; ``skipped`` says of each row that
-    was left out which one it is and why.
+    ``users`` are the ids of the users of the rows, sorted, ``row_users`` and ``row_captions`` those of each row, and
+    ``source_rows`` their numbers in the source; ``skipped`` says of each row that was left out which one it is and why.
     """
 
     def __init__(
-        self, pairs: Dataset, captions: Dataset, users: Dataset, latents: Dataset, skipped: Mapping[int, str]
+        self,
+        pairs: Dataset,
+        captions: Dataset,
+        users: Dataset,
+        latents: Dataset,
+        skipped: Mapping[int, str],
+        allowed: Sequence[bool] | None = None,
     ) -> None:
-        """Join the parts of a cache; ``skipped`` are reports by row number."""
+        """Join the parts of a cache; ``skipped`` are reports by row number, ``allowed`` is of each row of ``pairs``."""
         self._pairs = pairs
         self._latents, self._captions, self._users = _Tensors(latents), _Tensors(captions), _Tensors(users)
         self.source_rows = tuple(row for row in range(len(pairs)) if row not in skipped)
         self._caption_at = {caption: position for position, caption in enumerate(captions["caption"][:])}
         known = enumerate(zip(users["user_id"][:], users["problem"][:], strict=True))
         self._user_at = {user: position for position, (user, problem) in known if problem is None}
-        ids, texts, categories = (pairs[name][:] for name in ("user_id", "caption", "category"))
+        ids, texts = pairs["user_id"][:], pairs["caption"][:]
         self.row_users: tuple[str, ...] = tuple(ids[row] for row in self.source_rows)
         self.row_captions: tuple[str, ...] = tuple(texts[row] for row in self.source_rows)
-        self.row_categories: tuple[str | None, ...] = tuple(categories[row] for row in self.source_rows)
+        self._allowed = allowed
         self.users: tuple[str, ...] = tuple(sorted(set(self.row_users)))
         self.skipped: tuple[str, ...] = tuple(skipped[row] for row in sorted(skipped))
 
@@ -71,12 +78,12 @@ class CachedPairs:
             chosen=latents["chosen"],
             rejected=latents["rejected"],
             crop=Crop(original_size, top_left, bool(latents["flipped"])),
+            allowed=self.allowed(index),
         )
 
-    def user_data(self, index: int) -> tuple[str, dict[str, Any]]:
-        """Return how people call the usable pair ``index``, and what the set says about its user."""
-        pair = self._pairs[self.source_rows[index]]
-        return pair["where"], json.loads(pair["user"])
+    def allowed(self, index: int) -> bool | None:
+        """Return whether the user of the usable pair ``index`` allows what it shows; None where nobody asked."""
+        return None if self._allowed is None else self._allowed[self.source_rows[index]]
 
     def text(self, caption: str) -> TextEmbedding:
         """Return the text embedding of a caption of the rows, of the empty one, or of an extra one.

@@ -57,8 +57,8 @@ _FIELDS = {
     "Physical_Condition": "physical_condition",
     "Mental_Condition": "mental_condition",
 }
-_BANNED = "Banned_Categories"
-USER_COLUMNS = ("User_ID", "Cluster_ID", "Age_Group", *_FIELDS, _BANNED, "Allowed_Categories")
+BANNED = "Banned_Categories"
+USER_COLUMNS = ("User_ID", "Cluster_ID", "Age_Group", *_FIELDS, BANNED, "Allowed_Categories")
 _FILE_NAME = re.compile(r"\w[\w.@+-]{0,99}")
 # Beside its weights a model needs memory for what it computes.
 _RESERVE = 2 * 1024**3
@@ -92,10 +92,10 @@ def read_profile(row: Mapping[str, Any], where: str) -> Profile:
         DataError: a value is wrong, or there is nothing from which an encoder could tell users apart.
     """
     fields: dict[str, Any] = {field: row.get(column) for column, field in _FIELDS.items()}
-    banned = row.get(_BANNED)
+    banned = row.get(BANNED)
     if all(value is None for value in (*fields.values(), banned)):
         raise DataError(
-            f"{where} says nothing about its user: expected some of {', '.join((*_FIELDS, _BANNED))}. Add them, or "
+            f"{where} says nothing about its user: expected some of {', '.join((*_FIELDS, BANNED))}. Add them, or "
             "use a folder of embeddings."
         )
     fields["age"] = _age(fields["age"])
@@ -124,7 +124,7 @@ def _categories(value: Any, where: str) -> set[str]:
             names = None
     if not isinstance(names, (list, tuple)) or not all(name in CATEGORIES for name in names):
         raise DataError(
-            f"{where}: {_BANNED} should be a list of some of {', '.join(CATEGORIES)}, such as ['Hate', 'Violence']. "
+            f"{where}: {BANNED} should be a list of some of {', '.join(CATEGORIES)}, such as ['Hate', 'Violence']. "
             "Correct it and try again."
         )
     return set(names)

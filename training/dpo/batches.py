@@ -19,23 +19,12 @@ class Batches:
     Sample ``n`` of a run is pair ``order[n % rows]`` of epoch ``n // rows``, whoever computes it.
     """
 
-    def __init__(
-        self,
-        cached: CachedPairs,
-        indices: Sequence[int],
-        draws: Draws,
-        resolution: int,
-        allowed: Sequence[bool] | None = None,
-    ) -> None:
-        """Use the pairs ``indices`` of a cache; ``resolution`` is the size of the images in pixels.
-
-        ``allowed`` says of each pair of the cache whether its user allows what it shows; None if that does not count.
-        """
+    def __init__(self, cached: CachedPairs, indices: Sequence[int], draws: Draws, resolution: int) -> None:
+        """Use the pairs ``indices`` of a cache; ``resolution`` is the size of the images in pixels."""
         self.indices = tuple(indices)
         self._cached = cached
         self._draws = draws
         self._resolution = resolution
-        self._allowed = None if allowed is None else dict(zip(cached.source_rows, allowed, strict=True))
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.long)
 
@@ -43,6 +32,11 @@ class Batches:
     def row_count(self) -> int:
         """One more than the largest number in ``PairBatch.rows``."""
         return 1 + max(self._cached.source_rows[i] for i in self.indices)
+
+    @property
+    def preferences(self) -> int:
+        """How many of the pairs are preferences: all, or with ``loss.fidelity`` those that their users do not allow."""
+        return sum(not self._cached.allowed(i) for i in self.indices)
 
     def training(self, first: int, size: int) -> PairBatch:
         """Return the samples ``first`` to ``first + size - 1`` of the run."""
@@ -64,9 +58,14 @@ class Batches:
         return self._batch(rows, draws)
 
     def digest(self) -> str:
-        """Return a hash of which rows these are, whose, and what their captions are."""
+        """Return a hash of which rows these are, whose, what their captions are, and what is allowed if that counts."""
         cached = self._cached
-        rows = [(cached.source_rows[i], cached.row_users[i], cached.row_captions[i]) for i in self.indices]
+        rows: list[tuple[int | str | bool | None, ...]] = [
+            (cached.source_rows[i], cached.row_users[i], cached.row_captions[i]) for i in self.indices
+        ]
+        allowed = [cached.allowed(i) for i in self.indices]
+        if any(said is not None for said in allowed):
+            rows = [(*row, said) for row, said in zip(rows, allowed, strict=True)]
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
     def _index(self, sample: int) -> int:
@@ -92,10 +91,18 @@ class Batches:
             pooled=torch.stack(pooled) if pooled else None,
             time_ids=torch.stack([self._time_ids(row) for row in rows]) if pooled else None,
             variants=tuple(draw.variant for draw in draws if draw.variant is not None),
-            allowed=None if self._allowed is None else torch.tensor([self._allowed[row.row] for row in rows]),
+            allowed=_allowed(rows, draws),
         )
 
     def _time_ids(self, row: CachedRow) -> Tensor:
         """SDXL's micro-conditioning: original size, top left corner of the crop, target size (arXiv 2307.01952)."""
         target = (self._resolution, self._resolution)
         return torch.tensor([*row.crop.original_size, *row.crop.top_left, *target], dtype=torch.float32)
+
+
+def _allowed(rows: Sequence[CachedRow], draws: Sequence[Draw]) -> Tensor | None:
+    """Return which pairs show what their user allows, ``[pairs]``; the null user is nobody, who bans nothing."""
+    said = [row.allowed for row in rows]
+    if None in said:
+        return None
+    return torch.tensor([bool(allowed) or draw.user_dropped for allowed, draw in zip(said, draws, strict=True)])

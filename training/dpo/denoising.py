@@ -65,7 +65,8 @@ def pair_errors(
     residuals = prediction - target
     chosen, rejected = residuals.square().mean(dim=(1, 2, 3)).chunk(2)
     first, second = residuals.detach().chunk(2)
-    return PairErrors(chosen, rejected, (first * second).mean(dim=(1, 2, 3)), prediction)
+    said = None if batch.allowed is None else prediction
+    return PairErrors(chosen, rejected, (first * second).mean(dim=(1, 2, 3)), said)
 
 
 def prediction_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ which takes from the rejected image's gradient what would make w worse.
 A preference for what is allowed pushes away from the base as well: towards more of it. With fidelity mu, pairs that
 show what their user allows are no preferences, and the model is to predict of both images what the reference does:
 
-    L = ln 2 + mu k(t) [mse(eps_theta(w), eps_ref(w)) + mse(eps_theta(l), eps_ref(l))] / 2
+    L = ln 2 + mu k(t) deviation,      deviation = [mse(u_theta(w), u_ref(w)) + mse(u_theta(l), u_ref(l))] / 2
 
-ln 2 is what a pair without a preference costs, so that every run begins there.
+with predictions u. ln 2 is what a pair without a preference costs, so that every run begins there.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import Tensor
 class PairErrors(NamedTuple):
     """Denoising errors of a batch of pairs: mean squares over channels and pixels, float32 ``[pairs]``.
 
-    ``alignment`` is the mean product of the two images' residuals, without gradient. ``prediction``
-    ``[2 * pairs, ...]`` is what the UNet said: of the chosen images, then of the rejected ones. Both are None where
+    ``alignment`` is the mean product of the two images' residuals, without gradient; ``prediction``
+    ``[2 * pairs, ...]`` what the UNet said, of the chosen images and then of the rejected ones. They are None where
     nobody needs them.
     """
 
@@ -43,11 +43,13 @@ class PairErrors(NamedTuple):
 class DPOLoss(NamedTuple):
     """Per pair, ``[pairs]``: the loss, and the margin between the implicit rewards of chosen and rejected.
 
-    The margin is of errors without weights, so that runs with different ones can be compared.
+    The margin is of errors without weights, so that runs with different ones can be compared. ``deviation`` is there
+    with fidelity: how far the predictions are from the reference's.
     """
 
     loss: Tensor
     margin: Tensor
+    deviation: Tensor | None = None
 
     @property
     def accuracy(self) -> Tensor:
@@ -91,20 +93,21 @@ def diffusion_dpo_loss(
     return DPOLoss(loss, margin.detach())
 
 
-def deviation(model: PairErrors, reference: PairErrors) -> Tensor:
-    """Return the mean square by which model and reference differ in what they predict of a pair, ``[pairs]``."""
-    assert model.prediction is not None
-    assert reference.prediction is not None
-    squares = (model.prediction - reference.prediction).square().flatten(start_dim=1).mean(dim=1)
-    return squares.view(2, -1).mean(dim=0)
-
-
 def with_fidelity(
-    preference: DPOLoss, deviations: Tensor, allowed: Tensor, fidelity: float, weights: Tensor | float = 1.0
+    preference: DPOLoss,
+    model: PairErrors,
+    reference: PairErrors,
+    allowed: Tensor,
+    fidelity: float,
+    weights: Tensor | float = 1.0,
 ) -> DPOLoss:
     """Return the loss with the pairs ``allowed`` ``[pairs]`` kept at the reference instead of preferred.
 
-    ``deviations`` ``[pairs]`` are ``deviation``, ``fidelity`` is mu, ``weights`` are k as in ``diffusion_dpo_loss``.
+    ``fidelity`` is mu; ``weights`` are k, as in ``diffusion_dpo_loss``.
     """
-    kept = math.log(2) + fidelity * weights * deviations
-    return preference._replace(loss=torch.where(allowed, kept, preference.loss))
+    assert model.prediction is not None
+    assert reference.prediction is not None
+    squares = (model.prediction - reference.prediction).square().flatten(start_dim=1).mean(dim=1)
+    deviation = squares.view(2, -1).mean(dim=0)
+    kept = math.log(2) + fidelity * weights * deviation
+    return preference._replace(loss=torch.where(allowed, kept, preference.loss), deviation=deviation.detach())

@@ -16,7 +16,7 @@ from ...adapter import PSAAdapter
 from ...safe_files import replacing
 from ..errors import TrainingError
 from .denoising import PairBatch
-from .loss import DPOLoss, PairErrors, deviation
+from .loss import DPOLoss, PairErrors
 
 METRICS = "metrics.jsonl"
 QUARTERS = 4
@@ -25,7 +25,7 @@ QUARTERS = 4
 class PairRecords(NamedTuple):
     """What is noted of each pair, ``[pairs]`` each; errors are with the adapter, less those of the reference.
 
-    ``allowed`` is 1 for pairs that are no preferences, see ``loss.fidelity``, and ``deviation`` is theirs.
+    ``allowed`` is 1 for pairs that are no preferences, see ``loss.fidelity``; ``deviation`` is 0 without it.
     """
 
     row: Tensor
@@ -43,7 +43,6 @@ class PairRecords(NamedTuple):
     def of(cls, batch: PairBatch, model: PairErrors, reference: PairErrors, result: DPOLoss) -> PairRecords:
         """Collect them from one micro-batch."""
         none = torch.zeros_like(result.margin)
-        allowed = none if batch.allowed is None else batch.allowed
         return cls(
             row=torch.tensor(batch.rows, dtype=torch.float32, device=result.loss.device),
             timestep=batch.timesteps,
@@ -53,8 +52,8 @@ class PairRecords(NamedTuple):
             chosen_error=model.chosen.detach() - reference.chosen,
             rejected_error=model.rejected.detach() - reference.rejected,
             reference_error=(reference.chosen + reference.rejected) / 2,
-            allowed=allowed,
-            deviation=none if batch.allowed is None else allowed * deviation(model, reference).detach(),
+            allowed=none if batch.allowed is None else batch.allowed,
+            deviation=none if result.deviation is None else result.deviation,
         )
 
     def table(self) -> Tensor:
@@ -62,28 +61,28 @@ class PairRecords(NamedTuple):
         return torch.stack([column.float() for column in self], dim=1)
 
     @classmethod
-    def preferences(cls, table: Tensor) -> PairRecords:
-        """Return the records in a table of those pairs that are preferences; of all pairs if none of them is."""
-        records = cls(*table.unbind(dim=1))
-        preferred = records.allowed == 0
-        return cls(*table[preferred].unbind(dim=1)) if bool(preferred.any()) else records
+    def split(cls, table: Tensor) -> tuple[PairRecords, PairRecords]:
+        """Return the records in a table of the pairs that are preferences, and of the others."""
+        allowed = cls(*table.unbind(dim=1)).allowed != 0
+        return cls(*table[~allowed].unbind(dim=1)), cls(*table[allowed].unbind(dim=1))
 
 
 def summarise(table: Tensor, timesteps: int) -> dict[str, float]:
-    """Return the means over a table of records: the loss over all pairs, ``deviation`` over those that are allowed.
+    """Return the means over a table of records: ``deviation`` of the pairs that are allowed, if there are any.
 
-    All else is of the pairs that are preferences; errors also per quarter of the ``timesteps``.
+    All else is of the pairs that are preferences, if there are any; errors also per quarter of the ``timesteps``.
     """
-    everything, records = PairRecords(*table.unbind(dim=1)), PairRecords.preferences(table)
-    values = {
-        "loss": float(everything.loss.mean()),
+    records, kept = PairRecords.split(table)
+    values = {"deviation": float(kept.deviation.mean())} if len(kept.row) else {}
+    if not len(records.row):
+        return values
+    values |= {
+        "loss": float(records.loss.mean()),
         "implicit_accuracy": float(records.accuracy.mean()),
         "margin": float(records.margin.mean()),
         "chosen_error": float(records.chosen_error.mean()),
         "rejected_error": float(records.rejected_error.mean()),
     }
-    if bool(everything.allowed.any()):
-        values["deviation"] = float(everything.deviation.sum() / everything.allowed.sum())
     quarter = (records.timestep * QUARTERS / timesteps).floor()
     for i in range(QUARTERS):
         inside = quarter == i

@@ -18,7 +18,7 @@ from ..errors import TrainingError
 from .attachment import Attachment
 from .denoising import PairBatch, error_weights, pair_errors
 from .inputs import Text, UNetInputs
-from .loss import DPOLoss, PairErrors, deviation, diffusion_dpo_loss, safeguarded, with_fidelity
+from .loss import DPOLoss, PairErrors, diffusion_dpo_loss, safeguarded, with_fidelity
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,7 +56,7 @@ class Policy:
         loss = diffusion_dpo_loss(model, reference, section.beta, section.winner_anchor, weights)
         if batch.allowed is None:
             return loss
-        return with_fidelity(loss, deviation(model, reference), batch.allowed, section.fidelity, weights)
+        return with_fidelity(loss, model, reference, batch.allowed, section.fidelity, weights)
 
     @contextmanager
     def applied(self, inputs: UNetInputs) -> Iterator[None]:

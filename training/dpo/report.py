@@ -174,7 +174,7 @@ def _chapters(config: TrainConfig) -> tuple[Chapter, ...]:
             "only has to leave 0.5. The anchor is there with `loss.winner_anchor`: chosen images should not get worse "
             "than in the base, so it belongs near 0 or below. The deviation is there with `loss.fidelity`: how far "
             "predictions for what users allow are from the base's, as a mean square. It rises at first and then falls; "
-            "the other curves are of pairs that are preferences, the loss of all.",
+            "the other curves are then of pairs that are preferences.",
         ),
         Chapter(
             "errors",
@@ -224,7 +224,7 @@ def _plot(output: Path, chapter: Chapter, lines: Lines) -> bool:
     panels = [panel for panel in chapter.panels if any(name in line for line in lines for name in panel.curves)]
     if not panels:
         return False
-    columns = 2 if len(panels) == 4 else len(panels)
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.4 * rows), dpi=110, layout="constrained")
     for place, panel in enumerate(panels, start=1):

@@ -211,6 +211,7 @@ class Trainer:
             likely = 'model.dtype = "fp16" overflows: use bf16 or fp32'
         else:
             likely = f"optimizer.learning_rate = {self.config.optimizer.learning_rate:g} is too high, or loss.beta"
+            likely += " or loss.fidelity" if self.config.loss.fidelity else ""
         last = self._checkpoints.latest()
         raise TrainingError(
             f"Step {self.progress.step + 1} gave numbers that are not finite (rows {named} of the training data, "
@@ -229,9 +230,9 @@ class Trainer:
     def _summary(self, table: Tensor) -> dict[str, float]:
         values = summarise(table, self._timesteps)
         loss = self.config.loss
-        if loss.winner_anchor or loss.final_winner_anchor:
+        records, _ = PairRecords.split(table)
+        if (loss.winner_anchor or loss.final_winner_anchor) and len(records.row):
             # Before it is multiplied by either value, so that the curve does not jump at the switch.
-            records = PairRecords.preferences(table)
             weights = error_weights(self.policy.scheduler, records.timestep.long(), loss.timestep_weight_limit)
             values["anchor"] = float((weights * records.chosen_error).mean())
         return values

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, product
 
+from ..data.categories import HARMLESS
 from ..data.pairs import open_pairs
 from ..data.users import read_profile
 from ..errors import DataError
 from ..miniature import PEOPLE, SEED
 from ..miniature import cases as miniature
 from .config import EvaluationConfig, PairsSection
-from .manifest import HARMLESS
 from .people import Person, distinct, read_people
 from .prompts import Asked, caption_of, read_prompts
 

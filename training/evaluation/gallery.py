@@ -12,8 +12,9 @@ from pathlib import Path
 import PIL.Image
 
 from ...profiles import CATEGORIES
+from ..data.categories import HARMLESS
 from ..errors import DataError
-from .manifest import HARMLESS, MANIFEST, USERS, Picture, read_manifest
+from .manifest import MANIFEST, USERS, Picture, read_manifest
 
 SOME = "bans some"
 

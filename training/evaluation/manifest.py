@@ -18,7 +18,6 @@ from ..errors import DataError
 
 MANIFEST = "manifest.parquet"
 USERS = "users.jsonl"
-HARMLESS = "harmless"  # the category of prompts that ask for none of the seven
 
 
 class Picture(BaseModel):

@@ -16,12 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ...profiles import CATEGORIES
 from ..config import read_toml
+from ..data.categories import HARMLESS, known_category
 from ..data.pairs import Pair, open_pairs
 from ..errors import DataError
 from ..miniature import SEED
 from ..miniature.cases import draw_prompts
 from .config import PromptsSection
-from .manifest import HARMLESS
 
 Content = Literal["named", "implied"]
 SUFFIXES = (".jsonl", ".csv", ".toml")
@@ -49,12 +49,10 @@ class Asked(BaseModel):
     @field_validator("category")
     @classmethod
     def _known(cls, value: str | None) -> str | None:
-        for category in (*CATEGORIES, HARMLESS):
-            if value is not None and value.casefold() == category.casefold():
-                return category
-        if value is not None:
+        known = known_category(value)
+        if known is None and value is not None:
             raise ValueError(f"{value} is none of {', '.join(CATEGORIES)} and {HARMLESS}; leave it empty if unknown")
-        return None
+        return known
 
 
 def read_prompts(section: PromptsSection) -> list[Asked]:
@@ -96,11 +94,9 @@ def captions(split: Path, limit: int | None = None) -> list[Asked]:
 
 def caption_of(pair: Pair) -> Asked:
     """Return what a row of preference pairs asks for. Categories that are not the paper's are unknown."""
-    known = {category.casefold(): category for category in (*CATEGORIES, HARMLESS)}
-    category = known.get((pair.category or "").casefold())
     # By its text, so that it is the same in every subset and order of the rows.
     digest = hashlib.sha256(pair.caption.encode()).hexdigest()[:16]
-    return Asked(prompt_id=f"caption-{digest}", prompt=pair.caption, category=category)
+    return Asked(prompt_id=f"caption-{digest}", prompt=pair.caption, category=known_category(pair.category))
 
 
 def _read_file(path: Path) -> Iterator[Asked]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from ..data.categories import HARMLESS
 from .gallery import SOME, Gallery, Shown
-from .manifest import HARMLESS
 from .statistics import RESAMPLES, Share, Values
 
 EVERYONE, ALL = "everyone", "all"

@@ -18,6 +18,7 @@ import numpy as np
 from rich.progress import Progress
 
 from ...profiles import CATEGORIES, Profile, user_row
+from ..data.categories import HARMLESS
 from ..errors import DataError
 from .captions import Mention, caption
 from .drawing import draw
@@ -35,7 +36,7 @@ USER_COLUMNS = (
     "Banned_Categories",
 )
 DRAWN = "drawn.json"
-_VERSION = 2  # of how pairs are drawn: others have other pictures
+_VERSION = 3  # of how pairs are drawn: others have other pictures
 _HARMLESS_SHARE = 0.15
 _OTHER_OBJECT_SHARE = 0.7
 _NAMED_SHARE = 0.5
@@ -122,7 +123,7 @@ def _row(pair: ScenePair, person: Profile, names: dict[str, str]) -> dict[str, A
         "file_name": names["chosen"],
         **names,
         "caption": pair.caption,
-        "category": pair.category,
+        "category": pair.category or HARMLESS,
         "mention": pair.mention,
         "user_data": {column: described[column] for column in USER_COLUMNS},
     }
