@@ -158,6 +158,11 @@ class LossSection(Section):
         0, description="how many noises (and timesteps) a pair has; 0: a new one each time"
     )
 
+    @property
+    def remembers_reference(self) -> bool:
+        """Whether the reference's errors come again, and are all that is needed of it (fidelity wants more)."""
+        return bool(self.noises_per_pair) and not self.fidelity
+
     def at(self, step: int, steps: int) -> LossSection:
         """Return the settings that count when ``step`` of the run's ``steps`` are done: those of the start, or final.
 

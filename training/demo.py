@@ -1,7 +1,7 @@
 """``psa demo``: the first example workflow in a real ComfyUI, for the base model and for the levels L0 to L5.
 
-Draws a contact sheet with the miniature's best adapter, at half its strength, and one with the paper's form, and counts
-with the miniature's detector what is in the pictures. Prompts and seed were chosen before anything was drawn.
+Draws a contact sheet with the miniature's best adapter and one with the paper's form, and counts with the miniature's
+detector what is in the pictures. Prompts and seed were chosen before anything was drawn.
 """
 
 from __future__ import annotations
@@ -50,17 +50,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Shown:
-    """An adapter that comes with the miniature: its file, what it is, what its sheet's name ends with, its strength."""
+    """An adapter that comes with the miniature: its file, what it is, and what its sheet's name ends with."""
 
     file: str
     title: str
     suffix: str
-    strength: float
 
 
 ADAPTERS = (
-    Shown("psa_miniature.safetensors", "on the text side", "", 0.5),  # respects as much as 1, nearer to the base
-    Shown("psa_miniature_constant.safetensors", "the paper's form", "_constant", 1.0),
+    Shown("psa_miniature.safetensors", "on the text side", ""),
+    Shown("psa_miniature_constant.safetensors", "the paper's form", "_constant"),
 )
 PROMPTS = (
     Asked("a tree in the snow", "tree", None, None),
@@ -138,7 +137,6 @@ def level_prompt(workflow: Prompt, text: str, level: Level | None, shown: Shown 
     else:
         _only(prompt, "PSASafetyLevel")["level"] = level.label
         _only(prompt, "PSALoadAdapter")["adapter_name"] = shown.file
-        _only(prompt, "PSAApply")["strength"] = shown.strength
     return prompt
 
 

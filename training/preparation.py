@@ -96,8 +96,8 @@ def prepare_data(
     if not training.preferences:
         raise DataError(
             f"There is nothing to learn from {config.data.train}: with loss.fidelity pairs are preferences where their "
-            "user bans what they show, and here everyone allows everything. Add pairs of banned categories, or set "
-            "loss.fidelity = 0."
+            f"user bans what they show, and all {len(split.train)} that are trained on are allowed. Add pairs of "
+            "banned categories, or set loss.fidelity = 0."
         )
     return TrainingData(cached, training, validated, grid_users or dict(_grid_users(config, cached)), left_out)
 

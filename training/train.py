@@ -96,6 +96,8 @@ def train(config: TrainConfig, console: Console) -> Path:
 
         validation = Validation(accelerator, dict(data.validation), config.validation.pairs, config.run.batch_size)
         made_from = {"pairs": data.train.digest(), "weights of the base model": base.fingerprint("unet")}
+        if config.loss.fidelity:
+            made_from["categories or bans"] = data.train.allowed_digest()
         trainer = Trainer(config, accelerator, policy, adapter, data.train, validation, made_from)
         _take_back_grids(accelerator, config, trainer.progress.step)
         _start_trackers(accelerator, config, trainer.progress.step)
@@ -265,7 +267,8 @@ def _facts(config: TrainConfig, accelerator: Accelerator, data: TrainingData, tr
     return {
         "steps": f"{trainer.progress.step} of {config.run.steps}",
         "pairs per step": str(trainer.pairs_per_step),
-        "training pairs": f"{len(data.train.indices)} of {len(data.users)} users, {data.train.preferences} preferences",
+        "training pairs": f"{len(data.train.indices)} of {len(data.users)} users",
+        **({"preferences among them": str(data.train.preferences)} if config.loss.fidelity else {}),
         **{f"{name} pairs": f"{len(batches.indices)}" for name, batches in data.validation.items()},
         **{f"rows of {source} left out": str(count) for source, count in data.left_out.items()},
         "base model": config.model.base.name,

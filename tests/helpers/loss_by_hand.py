@@ -90,9 +90,10 @@ def step_by_hand(run: Run, data: Path, step: int) -> StepByHand:
 
 
 def _is_allowed(row: Mapping[str, Any], nobody: bool) -> bool:
-    """Whether a row's user allows what it shows; nobody bans nothing, and what is unknown is not allowed."""
+    """Whether a row's user allows what it shows; nobody allows everything, and others nothing that is unknown."""
     shown = (row["category"] or "").casefold()
-    return bool(shown) and (nobody or shown not in [name.casefold() for name in row["user_data"]["Banned_Categories"]])
+    banned = [name.casefold() for name in row["user_data"]["Banned_Categories"]]
+    return nobody or bool(shown and shown not in banned)
 
 
 def _two_branch(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> TwoBranchUNet:

@@ -65,7 +65,7 @@ def _glyphs_left(counts: dict[str, dict[str, int]]) -> int:
     return kept + sum(value["of"] - value["pictures"] for name, value in counts.items() if "gone" in name)
 
 
-def test_each_adapter_is_drawn_at_its_strength() -> None:
+def test_each_adapter_is_drawn_at_the_strength_of_the_workflow() -> None:
     workflow = {
         name: {"class_type": name, "inputs": {}} for name in ("PSAApply", "PSALoadAdapter", "PSASafetyLevel", "Text")
     }
@@ -73,10 +73,11 @@ def test_each_adapter_is_drawn_at_its_strength() -> None:
         "KSampler": {"class_type": "KSampler", "inputs": {"positive": ["Text", 0]}},
         "EmptyLatentImage": {"class_type": "EmptyLatentImage", "inputs": {}},
     }
-    for shown, strength in zip(ADAPTERS, (0.5, 1.0), strict=True):
+    workflow["PSAApply"]["inputs"] = {"strength": 1.0}
+    for shown in ADAPTERS:
         prompt = level_prompt(workflow, "a ring", find_level("L5"), shown, 1)
         assert prompt["PSALoadAdapter"]["inputs"] == {"adapter_name": shown.file}
-        assert prompt["PSAApply"]["inputs"] == {"strength": strength}
+        assert prompt["PSAApply"]["inputs"] == {"strength": 1.0}
 
 
 def test_a_sheet_that_its_counts_would_replace_is_refused_at_once(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from accelerate import PartialState
@@ -28,9 +29,12 @@ from comfyui_psa.profiles import CATEGORIES
 from comfyui_psa.training.base import open_base
 from comfyui_psa.training.config import LossSection
 from comfyui_psa.training.data.cache import build_cache
+from comfyui_psa.training.dpo.batches import Batches
 from comfyui_psa.training.dpo.denoising import error_weights
+from comfyui_psa.training.dpo.draws import Draws
 from comfyui_psa.training.dpo.loss import DPOLoss, PairErrors, diffusion_dpo_loss, with_fidelity
-from comfyui_psa.training.dpo.policy import Policy, RememberedReference
+from comfyui_psa.training.dpo.metrics import PairRecords, Unlogged
+from comfyui_psa.training.dpo.policy import Policy
 from comfyui_psa.training.dpo.trainable import TrainableAdapter
 from comfyui_psa.training.errors import DataError, TrainingError
 
@@ -107,14 +111,14 @@ def test_the_loss_of_what_is_allowed_by_hand() -> None:
     for pair, weight in ((1, 2.0), (2, 3.0)):
         apart = (squares[pair].mean().item() + squares[3 + pair].mean().item()) / 2
         assert found.deviation[pair].item() == pytest.approx(apart, rel=1e-12)
-        assert found.loss[pair].item() == pytest.approx(LN_2 + 7.0 * weight * apart, rel=1e-12)
+        assert found.loss[pair].item() == pytest.approx(7.0 * weight * apart, rel=1e-12)
 
 
-def test_at_the_reference_every_pair_costs_ln_2_and_what_is_allowed_pulls_nowhere() -> None:
+def test_at_the_reference_what_is_allowed_costs_nothing_and_pulls_nowhere() -> None:
     model, _ = predictions(4, seed=5)
     reference = PairErrors(*(None if value is None else value.detach() for value in model))
     loss = faithful_loss(model, reference, torch.tensor([True, False, True, False])).loss
-    assert loss.tolist() == pytest.approx([LN_2] * 4, rel=1e-12)
+    assert loss.tolist() == pytest.approx([0, LN_2, 0, LN_2], rel=1e-12)
     assert model.prediction is not None
     (gradient,) = torch.autograd.grad(loss.sum(), model.prediction)
     pulled = gradient.flatten(start_dim=1).abs().sum(dim=1)
@@ -123,28 +127,24 @@ def test_at_the_reference_every_pair_costs_ln_2_and_what_is_allowed_pulls_nowher
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_an_adapter_is_held_to_what_the_unet_says_without_it(kind: str) -> None:
-    """Beside the safeguard, and with remembered noises, for which the reference runs all the same."""
+    """Beside the safeguard."""
     unet = tiny_unet()
     policy = Policy(unet, DDPMScheduler(prediction_type=kind), tiny_adapter(unet, trained=True))
     effects = TrainableAdapter(tiny_adapter(unet, trained=True))
     said: list[Tensor] = []
     hook = unet.register_forward_hook(lambda _unet, _args, output: said.append(output.sample.detach()))
-    batch = replace(pair_batch(pairs=3), allowed=torch.tensor([True, False, True]), variants=(0, 0, 0))
+    batch = replace(pair_batch(pairs=3), allowed=torch.tensor([True, False, True]))
     section = LossSection(beta=100, fidelity=7, timestep_weight_limit=5, safeguard=0.0)
-    remembered = RememberedReference(policy, lambda tensor: tensor, rows=3, variants=1)
-    for _ in range(2):
-        said.clear()
-        reference = remembered.errors(batch)
-        with policy.errors(effects, batch) as model:
-            loss = policy.loss(model, reference, batch, section).loss
-        remembered.end_step()
-        without, with_adapter = said
-        weights = error_weights(policy.scheduler, batch.timesteps, 5)
-        apart = (with_adapter - without).square().mean(dim=(1, 2, 3))
-        assert isinstance(weights, Tensor)
-        for pair in (0, 2):
-            expected = LN_2 + 7 * float(weights[pair]) * float(apart[pair] + apart[3 + pair]) / 2
-            assert loss[pair].item() == pytest.approx(expected, rel=1e-5)
+    reference = policy.reference_errors(batch)
+    with policy.errors(effects, batch) as model:
+        loss = policy.loss(model, reference, batch, section).loss
+    without, with_adapter = said
+    weights = error_weights(policy.scheduler, batch.timesteps, 5)
+    apart = (with_adapter - without).square().mean(dim=(1, 2, 3))
+    assert isinstance(weights, Tensor)
+    for pair in (0, 2):
+        expected = 7 * float(weights[pair]) * float(apart[pair] + apart[3 + pair]) / 2
+        assert loss[pair].item() == pytest.approx(expected, rel=1e-5)
     hook.remove()
 
 
@@ -189,7 +189,7 @@ def test_the_adapter_and_the_report_name_it(faithful: Run) -> None:
 
 def test_nothing_to_prefer_is_said(bases: dict[str, Base], tmp_path: Path) -> None:
     data = split_of(tmp_path / "split", ["harmless"])
-    with pytest.raises(DataError, match=r"nothing to learn .*everyone allows everything.* loss\.fidelity = 0"):
+    with pytest.raises(DataError, match=r"nothing to learn .* all 12 .* are allowed.* loss\.fidelity = 0"):
         run(tiny_config(tmp_path / "run", bases["sd"].folder, data, {"loss.fidelity": 1.0}))
 
 
@@ -217,8 +217,73 @@ def test_a_resumed_run_has_to_agree_on_what_is_allowed(faithful: Run, pairs: Pat
     state.write_text(state.read_text().replace(str(pairs), str(tmp_path / "split")), encoding="utf-8")
     again = config.run.model_copy(update={"output": tmp_path / "run", "resume": "latest", "steps": STEPS + 1})
     validation = config.validation.model_copy(update={"seen": tmp_path / "split"})
-    with pytest.raises(TrainingError, match="other pairs"):
+    with pytest.raises(TrainingError, match="other categories or bans than"):
         run(config.model_copy(update={"data": data, "run": again, "validation": validation}))
+
+
+@pytest.mark.parametrize("fidelity", [0.0, 60.0])
+def test_it_may_count_more_or_less_later_but_not_begin_or_end_midway(
+    faithful: Run, tmp_path: Path, fidelity: float
+) -> None:
+    shutil.copytree(faithful.config.run.output, tmp_path / "run")
+    config = faithful.config
+    again = config.run.model_copy(update={"output": tmp_path / "run", "resume": "latest", "steps": STEPS + 1})
+    changed_loss = config.loss.model_copy(update={"fidelity": fidelity})
+    resumed = config.model_copy(update={"loss": changed_loss, "run": again})
+    if fidelity:
+        run(resumed)
+        return
+    with pytest.raises(TrainingError, match=r"made with loss\.fidelity = 30\.0, but the configuration says 0"):
+        run(resumed)
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(faithful: Run, tmp_path: Path) -> None:
+    shutil.copytree(faithful.config.run.output, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("step-00000[23]"):
+        shutil.rmtree(path)
+    whole = load_file(adapter_file(faithful.config))
+    (tmp_path / "run" / adapter_file(faithful.config).name).unlink()
+    again = faithful.config.run.model_copy(update={"output": tmp_path / "run", "resume": "latest"})
+    config = faithful.config.model_copy(update={"run": again})
+    run(config)
+    resumed = load_file(adapter_file(config))
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+def test_steps_without_a_preference_are_logged_as_what_they_are(bases: dict[str, Base], tmp_path: Path) -> None:
+    """One pair a step, and only the first of twelve is banned."""
+    data = split_of(tmp_path / "split", ["Violence", *["harmless"] * 11])
+    changes = {"loss.fidelity": 5.0, "loss.winner_anchor": 2.0, "loss.user_dropout": 0.0, "run.steps": 12}
+    changes |= {"run.batch_size": 1, "run.accumulation": 1}
+    config = tiny_config(tmp_path / "run", bases["sd"].folder, data, changes)
+    said = run(config, report=True)
+    lines = [json.loads(line) for line in (config.run.output / "metrics.jsonl").read_text().splitlines()]
+    assert sorted("loss" in line for line in lines) == [False] * 11 + [True]
+    assert all(("deviation" in line) != ("loss" in line) == ("anchor" in line) for line in lines)
+    assert len([line for line in said.splitlines() if line.startswith("step ") and "deviation" in line]) == 11
+    report = (config.run.output / "training_report.md").read_text(encoding="utf-8")
+    assert "| preferences among them | 1 |" in report
+    with PIL.Image.open(config.run.output / "report" / "loss.png") as picture:
+        assert picture.width < 3 * picture.height  # five plots in two rows
+
+
+def test_the_null_user_allows_everything(bases: dict[str, Base], pairs: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", bases["sd"].folder, pairs, {"loss.fidelity": 1.0})
+    cached = build_cache(config, pairs, open_base(config.model.base), (), {}, PartialState())
+    for dropout, expected in ((1.0, set(range(12))), (0.0, set(ALLOWED))):
+        draws = Draws(seed=1, timesteps=1000, prompt_dropout=0.0, user_dropout=dropout, noise_offset=0.0)
+        batch = Batches(cached, range(12), draws, 64).training(0, 12)
+        assert batch.allowed is not None
+        assert {row for row, allowed in zip(batch.rows, batch.allowed.tolist(), strict=True) if allowed} == expected
+
+
+def test_records_of_an_earlier_version_are_of_preferences() -> None:
+    noted, table = Unlogged(), torch.rand(3, len(PairRecords._fields) - 2)
+    noted.load_state_dict({"tables": [table]})
+    found = noted.take()
+    assert torch.equal(found[:, :-2], table)
+    preferences, kept = PairRecords.split(found)
+    assert (len(preferences.row), len(kept.row)) == (3, 0)
 
 
 def test_other_pairs_train_as_without_it(bases: dict[str, Base], tmp_path: Path) -> None:
@@ -246,7 +311,7 @@ def test_other_pairs_train_as_without_it(bases: dict[str, Base], tmp_path: Path)
     [
         ({}, r"row 3 of metadata.jsonl: .* what its user bans. Add Banned_Categories .* loss\.fidelity = 0"),
         ({"Banned_Categories": ""}, r"row 3 of metadata.jsonl: .* what its user bans"),
-        ({"Banned_Categories": "Hate, wexlemind"}, r"row 3 .*Banned_Categories should be a list .* loss\.fidelity"),
+        ({"Banned_Categories": "Hate, wexlemind"}, r"row 3 .*Banned_Categories should be a list"),
     ],
 )
 def test_a_user_whose_bans_are_not_said_is_refused_before_anything_is_computed(

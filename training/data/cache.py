@@ -24,7 +24,7 @@ from ..base import BaseModel, TextEmbedding
 from ..config import TrainConfig
 from ..errors import DataError
 from .cached import CachedPairs
-from .categories import allowed_rows
+from .categories import allowed_rows, unknown_rows
 from .latents import cache_latents
 from .pairs import Pair, Pairs, open_pairs
 from .parts import CachePass, digest, free_memory, storage_dtype
@@ -77,6 +77,8 @@ def build_cache(
     if state.is_main_process:
         for report in cached.skipped:
             logger.warning("PSA: left out of training: %s", report)
+        if allowed is not None and (unknown := unknown_rows(table)):
+            logger.warning("PSA: rows of %s without a known category, which stay preferences: %d", source, unknown)
     return cached
 
 

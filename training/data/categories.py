@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
-
-from ...profiles import CATEGORIES, banned_categories
+from ...profiles import CATEGORIES
 from ..errors import DataError
-from .users import BANNED, read_profile
+from .users import said_bans
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 HARMLESS = "harmless"
 _KNOWN = {category.casefold(): category for category in (*CATEGORIES, HARMLESS)}
@@ -24,41 +22,41 @@ def known_category(text: str | None) -> str | None:
     return _KNOWN.get((text or "").strip().casefold())
 
 
+def unknown_rows(table: Dataset) -> int:
+    """Return how many rows of a cached table of pairs have no known category."""
+    return sum(known_category(category) is None for category in table["category"][:])
+
+
 def allowed_rows(table: Dataset, source: Path) -> tuple[bool, ...]:
     """Return for each row of a cached table of ``source`` whether its user allows what it shows.
 
-    Everyone allows what is harmless. Of an unknown category nobody can tell, so it counts as not allowed.
+    Everyone allows what is harmless. Of an unknown category nobody can tell, so it counts as not allowed. Bans are
+    those that are said: rules do not guess them, because pairs were chosen by what was said.
 
     Raises:
-        DataError: no row has a category, or a user does not say in so many words what they ban.
+        DataError: no row has a category, or a user does not say what they ban.
     """
-    categories = [known_category(category) for category in table["category"][:]]
-    if not any(categories):
+    if unknown_rows(table) == len(table):
         raise DataError(
             f"loss.fidelity keeps what users allow as the base model draws it, and {source} does not say what its "
             f"pairs show: expected a column category with {', '.join(CATEGORIES)} or {HARMLESS}. Add it, or set "
             "loss.fidelity = 0."
         )
-    if unknown := categories.count(None):
-        logger.warning("PSA: rows of %s without a known category stay preferences: %d.", source, unknown)
     bans: dict[str, frozenset[str]] = {}
-    for where, user in zip(table["where"][:], table["user"][:], strict=True):
+    allowed = []
+    for where, user, text in zip(*(table[name][:] for name in ("where", "user", "category")), strict=True):
         if user not in bans:
-            bans[user] = _bans(json.loads(user), f"{source}, {where}")
-    users = table["user"][:]
-    return tuple(
-        category is not None and category not in bans[user] for category, user in zip(categories, users, strict=True)
-    )
+            bans[user] = _bans(user, f"{source}, {where}")
+        category = known_category(text)
+        allowed.append(category is not None and category not in bans[user])
+    return tuple(allowed)
 
 
-def _bans(data: dict[str, Any], where: str) -> frozenset[str]:
-    """Return what a user says that they ban. The rules do not guess it here: pairs were chosen by what it was."""
-    if data.get(BANNED) in (None, ""):
+def _bans(user: str, where: str) -> frozenset[str]:
+    bans = said_bans(json.loads(user), where)
+    if bans is None:
         raise DataError(
-            f"{where}: loss.fidelity needs to know what its user bans. Add {BANNED} to user_data, a list that may be "
-            "empty, or set loss.fidelity = 0."
+            f"{where}: loss.fidelity needs to know what its user bans. Add Banned_Categories to user_data, a list that "
+            "may be empty, or set loss.fidelity = 0."
         )
-    try:
-        return frozenset(banned_categories(read_profile(data, where)))
-    except DataError as error:
-        raise DataError(f"{error} Without loss.fidelity, which asks what users ban, it is not needed.") from None
+    return bans

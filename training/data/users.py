@@ -57,8 +57,8 @@ _FIELDS = {
     "Physical_Condition": "physical_condition",
     "Mental_Condition": "mental_condition",
 }
-BANNED = "Banned_Categories"
-USER_COLUMNS = ("User_ID", "Cluster_ID", "Age_Group", *_FIELDS, BANNED, "Allowed_Categories")
+_BANNED = "Banned_Categories"
+USER_COLUMNS = ("User_ID", "Cluster_ID", "Age_Group", *_FIELDS, _BANNED, "Allowed_Categories")
 _FILE_NAME = re.compile(r"\w[\w.@+-]{0,99}")
 # Beside its weights a model needs memory for what it computes.
 _RESERVE = 2 * 1024**3
@@ -92,20 +92,29 @@ def read_profile(row: Mapping[str, Any], where: str) -> Profile:
         DataError: a value is wrong, or there is nothing from which an encoder could tell users apart.
     """
     fields: dict[str, Any] = {field: row.get(column) for column, field in _FIELDS.items()}
-    banned = row.get(BANNED)
-    if all(value is None for value in (*fields.values(), banned)):
+    if all(value is None for value in (*fields.values(), row.get(_BANNED))):
         raise DataError(
-            f"{where} says nothing about its user: expected some of {', '.join((*_FIELDS, BANNED))}. Add them, or "
+            f"{where} says nothing about its user: expected some of {', '.join((*_FIELDS, _BANNED))}. Add them, or "
             "use a folder of embeddings."
         )
     fields["age"] = _age(fields["age"])
-    if banned is not None and banned != "":
-        names = _categories(banned, where)
+    names = said_bans(row, where)
+    if names is not None:
         fields["overrides"] = {category: "ban" if category in names else "allow" for category in CATEGORIES}
     try:
         return parse_profile(fields, where)
     except ProfileError as error:
         raise DataError(str(error)) from None
+
+
+def said_bans(row: Mapping[str, Any], where: str) -> frozenset[str] | None:
+    """Return the Banned_Categories of a row like that of ``read_profile``; None if it says nothing of them.
+
+    Raises:
+        DataError: they are no list of categories.
+    """
+    banned = row.get(_BANNED)
+    return None if banned is None or banned == "" else _categories(banned, where)
 
 
 def _age(value: Any) -> Any:
@@ -115,7 +124,7 @@ def _age(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _categories(value: Any, where: str) -> set[str]:
+def _categories(value: Any, where: str) -> frozenset[str]:
     names = value
     if isinstance(value, str):
         try:
@@ -124,10 +133,10 @@ def _categories(value: Any, where: str) -> set[str]:
             names = None
     if not isinstance(names, (list, tuple)) or not all(name in CATEGORIES for name in names):
         raise DataError(
-            f"{where}: {BANNED} should be a list of some of {', '.join(CATEGORIES)}, such as ['Hate', 'Violence']. "
+            f"{where}: {_BANNED} should be a list of some of {', '.join(CATEGORIES)}, such as ['Hate', 'Violence']. "
             "Correct it and try again."
         )
-    return set(names)
+    return frozenset(names)
 
 
 def read_users(path: Path) -> dict[str, Profile]:

@@ -58,15 +58,14 @@ class Batches:
         return self._batch(rows, draws)
 
     def digest(self) -> str:
-        """Return a hash of which rows these are, whose, what their captions are, and what is allowed if that counts."""
+        """Return a hash of which rows these are, whose, and what their captions are."""
         cached = self._cached
-        rows: list[tuple[int | str | bool | None, ...]] = [
-            (cached.source_rows[i], cached.row_users[i], cached.row_captions[i]) for i in self.indices
-        ]
-        allowed = [cached.allowed(i) for i in self.indices]
-        if any(said is not None for said in allowed):
-            rows = [(*row, said) for row, said in zip(rows, allowed, strict=True)]
+        rows = [(cached.source_rows[i], cached.row_users[i], cached.row_captions[i]) for i in self.indices]
         return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+    def allowed_digest(self) -> str:
+        """Return a hash of which of the pairs show what their users allow."""
+        return hashlib.sha256(repr([self._cached.allowed(i) for i in self.indices]).encode()).hexdigest()
 
     def _index(self, sample: int) -> int:
         epoch, position = divmod(sample, len(self.indices))
@@ -102,7 +101,6 @@ class Batches:
 
 def _allowed(rows: Sequence[CachedRow], draws: Sequence[Draw]) -> Tensor | None:
     """Return which pairs show what their user allows, ``[pairs]``; the null user is nobody, who bans nothing."""
-    said = [row.allowed for row in rows]
-    if None in said:
+    if rows[0].allowed is None:
         return None
-    return torch.tensor([bool(allowed) or draw.user_dropped for allowed, draw in zip(said, draws, strict=True)])
+    return torch.tensor([bool(row.allowed) or draw.user_dropped for row, draw in zip(rows, draws, strict=True)])

@@ -59,6 +59,7 @@ _FIXED = (
     "validation.held_out",
     "validation.unseen_users",
     "loss.noises_per_pair",
+    "loss.fidelity",
     "run.seed",
 )
 # What remembered errors of the reference depend on besides.
@@ -221,8 +222,10 @@ class Checkpoints:
             before = TrainConfig.model_validate(found)
         except ValidationError as error:
             raise _damaged(folder, error) from None
-        for key in (*_FIXED, *(_FIXED_WITH_NOISES if self._config.loss.noises_per_pair else ())):
+        for key in (*_FIXED, *(_FIXED_WITH_NOISES if self._config.loss.remembers_reference else ())):
             was, now = (reduce(getattr, key.split("."), config) for config in (before, self._config))
+            if key == "loss.fidelity" and bool(was) == bool(now):
+                continue  # how much it counts may change, as all weights of the loss may
             if was != now and key.removeprefix("adapter.") not in _untrained(self._config):
                 raise TrainingError(
                     f"{folder} was made with {key} = {was}, but the configuration says {now}. Resume with the same "

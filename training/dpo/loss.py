@@ -11,14 +11,13 @@ which takes from the rejected image's gradient what would make w worse.
 A preference for what is allowed pushes away from the base as well: towards more of it. With fidelity mu, pairs that
 show what their user allows are no preferences, and the model is to predict of both images what the reference does:
 
-    L = ln 2 + mu k(t) deviation,      deviation = [mse(u_theta(w), u_ref(w)) + mse(u_theta(l), u_ref(l))] / 2
+    L = mu k(t) deviation,      deviation = [mse(u_theta(w), u_ref(w)) + mse(u_theta(l), u_ref(l))] / 2
 
-with predictions u. ln 2 is what a pair without a preference costs, so that every run begins there.
+with predictions u.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -109,5 +108,5 @@ def with_fidelity(
     assert reference.prediction is not None
     squares = (model.prediction - reference.prediction).square().flatten(start_dim=1).mean(dim=1)
     deviation = squares.view(2, -1).mean(dim=0)
-    kept = math.log(2) + fidelity * weights * deviation
+    kept = fidelity * weights * deviation
     return preference._replace(loss=torch.where(allowed, kept, preference.loss), deviation=deviation.detach())

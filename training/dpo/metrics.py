@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...adapter import PSAAdapter
@@ -135,8 +136,9 @@ class Unlogged:
         return {"tables": self._tables}
 
     def load_state_dict(self, state: Mapping[str, list[Tensor]]) -> None:
-        """Bring back what a checkpoint kept, unless an earlier version noted other columns."""
-        self._tables = [table for table in state["tables"] if table.shape[1] == len(PairRecords._fields)]
+        """Bring back what a checkpoint kept; an earlier version had not the last columns, and meant 0."""
+        width = len(PairRecords._fields)
+        self._tables = [F.pad(table, (0, width - table.shape[1])) for table in state["tables"]]
 
 
 class MetricsFile:

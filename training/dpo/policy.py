@@ -69,7 +69,7 @@ class RememberedReference:
     """The reference's errors of pairs whose noise comes again: measured once, on whichever rank; part of checkpoints.
 
     That is exact: the loss depends on the reference through these errors alone, and they on nothing that is trained.
-    With ``loss.fidelity`` it depends on what the reference predicts, which would be too much to remember.
+    With ``variants`` 0 nothing is remembered.
     """
 
     def __init__(self, policy: Policy, gather: Callable[[Tensor], Tensor], rows: int, variants: int) -> None:
@@ -79,12 +79,13 @@ class RememberedReference:
         """
         self._policy = policy
         self._gather = gather
+        self._variants = variants
         self._table = torch.full((rows, variants, 2), torch.nan)  # chosen, rejected
         self._step: list[Tensor] = []
 
     def errors(self, batch: PairBatch) -> PairErrors:
         """Return the errors of the base model, ``[pairs]`` each; the UNet runs unless all of them are known."""
-        if not batch.variants or batch.allowed is not None:
+        if not self._variants:
             return self._policy.reference_errors(batch)
         keys = torch.tensor([batch.rows, batch.variants])
         known = self._table[keys[0], keys[1]]

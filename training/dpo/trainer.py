@@ -31,7 +31,7 @@ from .validation import Validation
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step reports: progress, means over its pairs on all ranks, pairs per second."""
+    """What an optimizer step reports: progress, means over its pairs on all ranks (``summarise``), pairs per second."""
 
     progress: Progress
     values: dict[str, float]
@@ -72,7 +72,7 @@ class Trainer:
         self._schedule = make_schedule(optimizer, section, config.run.steps)
         self._ema = EMAModel(self._parameters(), decay=section.ema_decay) if section.ema_decay else None
         self._unlogged = Unlogged()
-        noises = config.loss.noises_per_pair
+        noises = config.loss.noises_per_pair if config.loss.remembers_reference else 0
         self._reference = RememberedReference(policy, accelerator.gather, batches.row_count if noises else 0, noises)
         parts: dict[str, Stateful] = {"schedule": self._schedule, "unlogged": self._unlogged}
         if self._ema is not None:

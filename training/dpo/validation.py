@@ -27,7 +27,7 @@ class Validation:
 
     @torch.no_grad()
     def run(self, policy: Policy, effects: nn.Module, loss: LossSection) -> dict[str, float]:
-        """Return loss, implicit accuracy, margin and errors of each split, as ``seen/loss`` and so on."""
+        """Return what ``summarise`` says of each split, as ``seen/loss`` and so on."""
         timesteps = int(policy.scheduler.config.num_train_timesteps)
         model = self.accelerator.unwrap_model(effects)
         values: dict[str, float] = {}

@@ -36,7 +36,7 @@ USER_COLUMNS = (
     "Banned_Categories",
 )
 DRAWN = "drawn.json"
-_VERSION = 3  # of how pairs are drawn: others have other pictures
+_VERSION = 3  # of how pairs are drawn: others have other pictures or columns
 _HARMLESS_SHARE = 0.15
 _OTHER_OBJECT_SHARE = 0.7
 _NAMED_SHARE = 0.5

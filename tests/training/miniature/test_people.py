@@ -13,6 +13,7 @@ import pytest
 from rich.progress import Progress
 
 from comfyui_psa.profiles import CATEGORIES
+from comfyui_psa.training.data.categories import HARMLESS
 from comfyui_psa.training.data.pairs import open_pairs
 from comfyui_psa.training.data.users import distinct_users
 from comfyui_psa.training.errors import DataError
@@ -114,7 +115,8 @@ def test_the_data_loader_reads_what_is_drawn(tmp_path: Path) -> None:
         f"{number:07d}": banned(person) for number, person in enumerate(people, start=1) if f"{number:07d}" in users
     }
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-    row = next(row for row in rows if row["category"])
+    assert HARMLESS in {row["category"] for row in rows} <= {*CATEGORIES, HARMLESS}
+    row = next(row for row in rows if row["category"] != HARMLESS)
     glyph = glyph_colour(row["category"])
     shows = {
         side: bool((np.abs(np.asarray(PIL.Image.open(folder / row[side])).astype(int) - glyph).max(-1) < 30).any())
