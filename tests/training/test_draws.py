@@ -86,7 +86,10 @@ def joined(parts: list[PairBatch]) -> PairBatch:
     values = {}
     for field in fields(PairBatch):
         members = [getattr(part, field.name) for part in parts]
-        values[field.name] = torch.cat(members) if isinstance(members[0], Tensor) else sum(members, ())
+        if members[0] is None:
+            values[field.name] = None
+        else:
+            values[field.name] = torch.cat(members) if isinstance(members[0], Tensor) else sum(members, ())
     return PairBatch(**values)
 
 

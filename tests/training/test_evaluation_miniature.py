@@ -26,9 +26,9 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results.json"
 TEXT = "text, strength 1"  # the adapter as it is shipped
 TEXT_METHOD = f'{{name="{TEXT}", kind="adapter", paths=["miniature/adapters/psa_miniature.safetensors"]}}'
 REDUCED = ("assess.pairs=0", "assess.resamples=20")  # nobody looks at the intervals
-# Two of each cell of seen and unseen people, by all methods.
+# Three of each cell of seen and unseen people, by all methods.
 PEOPLE = (
-    "pairs.miniature=2",
+    "pairs.miniature=3",
     "prompts.miniature=0",
     "users.levels=[]",
     "methods="
@@ -108,7 +108,7 @@ def compare(found: Measured, expected: Measured) -> Any:
     def compared(higher: Cell, lower: Cell, tells: bool = True) -> None:
         """The one lies as far above the other as was measured, less ``ERRORS`` errors.
 
-        If it ``tells``, that is above the other. If not, it has to be above it where that was measured clearly: both
+        If it ``tells``, that is above the other. If not, it may not be below it where that was measured clearly: both
         have the same prompts and noise, so they differ less by chance than their errors say.
         """
         difference = expected.value(higher) - expected.value(lower)
@@ -118,7 +118,7 @@ def compare(found: Measured, expected: Measured) -> Any:
             f"docs/results.json has a difference of {difference:.2f}, from which {ERRORS} standard errors of so few "
             f"pictures and of one training, {margin:.2f}, are taken off"
         )
-        assert difference < CLEAR or found.value(higher) > found.value(lower), "the order is another one"
+        assert difference < CLEAR or found.value(higher) >= found.value(lower), "the order is another one"
 
     return compared
 
