@@ -267,7 +267,7 @@ def stand_in_for_xformers(monkeypatch: pytest.MonkeyPatch, kernel: Callable[...,
     monkeypatch.setattr(torch, "randn", lambda *size, device=None, **more: randn(*size, **more))
 
 
-def test_xformers_for_another_torch_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xformers_without_a_kernel_for_this_torch_and_cuda_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_kernel(*_: Tensor, **__: object) -> Tensor:
         raise NotImplementedError("No operator found for `memory_efficient_attention_forward`\nwith inputs: ...")
 

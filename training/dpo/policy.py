@@ -119,16 +119,16 @@ def configure_unet(unet: UNet2DConditionModel, section: ModelSection) -> None:
     """Switch on what the configuration asks for: xformers, gradient checkpointing.
 
     Raises:
-        TrainingError: xformers is not installed, or not for this device or this torch.
+        TrainingError: xformers is not installed, or not for this device, this torch or its CUDA.
     """
     if section.attention == "xformers":
         try:
             unet.enable_xformers_memory_efficient_attention()
-        except (ImportError, ValueError, NotImplementedError) as error:  # the last: it was built for another torch
+        except (ImportError, ValueError, NotImplementedError) as error:  # the last: no kernel of it can be loaded
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise TrainingError(
-                f'model.attention = "xformers" cannot be used here ({reason}). Install xformers for this torch on a '
-                'machine with CUDA, or use "sdpa", which torch has built in.'
+                f'model.attention = "xformers" cannot be used here ({reason}). Install xformers for this torch and its '
+                'CUDA (docs/benchmarks.md, "Training"), or use "sdpa", which torch has built in.'
             ) from None
     if section.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

@@ -230,9 +230,9 @@ class Trainer:
     def _summary(self, table: Tensor) -> dict[str, float]:
         values = summarise(table, self._timesteps)
         loss = self.config.loss
-        records, _ = PairRecords.split(table)
-        if (loss.winner_anchor or loss.final_winner_anchor) and len(records.row):
+        if (loss.winner_anchor or loss.final_winner_anchor) and "loss" in values:  # there are preferences
             # Before it is multiplied by either value, so that the curve does not jump at the switch.
+            records, _ = PairRecords.split(table)
             weights = error_weights(self.policy.scheduler, records.timestep.long(), loss.timestep_weight_limit)
             values["anchor"] = float((weights * records.chosen_error).mean())
         return values
