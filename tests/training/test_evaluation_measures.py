@@ -177,7 +177,7 @@ def test_q16s_own_pickle_is_not_opened_and_the_way_to_convert_it_is_said(two: Pa
     said = reasons(results)["inappropriate (Q16)"]
     assert "if it is Q16's prompts.p, make tensors of it as docs/evaluation-measures.md says" in said
     document = (PACK / "docs" / "evaluation-measures.md").read_text(encoding="utf-8")
-    (line,) = [line for line in document.splitlines() if line.startswith("    python -c")]
+    (line,) = [line for line in document.splitlines() if line.startswith("    python -c") and "prompts.p'" in line]
     subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, check=True, timeout=60)
     results = assessed(two, q16={"model": str(clip), "prompts": str(tmp_path / "prompts.safetensors")})
     assert cell(results, "inappropriate (Q16)", "other", seen="unseen", asked="banned")["value"] == 1
