@@ -35,6 +35,7 @@ BETA, LEARNING_RATE, MAX_GRAD_NORM = 5000.0, 5e-6, 1.0
 
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+_POOLED = 1280  # the width of SDXL's pooled text: of the encoder that has a projection
 _SDXL = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -71,7 +72,18 @@ class Family:
 
 
 SD15 = Family("SD1.5", {"cross_attention_dim": 768, "attention_head_dim": 8}, (_CLIP_L,))
-SDXL = Family("SDXL", _SDXL, (_CLIP_L, _CLIP_G))
+SDXL = Family("SDXL", _SDXL, (_CLIP_L, {**_CLIP_G, "projection_dim": _POOLED}))
+# As many layers, and hardly anything in them: what a step costs whose calls take longer than what they compute, as on a
+# fast GPU.
+NARROW = Family(
+    "SDXL's layers, narrow",
+    {**_SDXL, "block_out_channels": (32, 64, 128), "attention_head_dim": (1, 2, 4), "cross_attention_dim": 64},
+    (
+        {**_CLIP_L, "hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 2},
+        {**_CLIP_G, "hidden_size": 40, "intermediate_size": 80, "num_attention_heads": 2, "projection_dim": _POOLED},
+    ),
+    {**_VAE, "block_out_channels": (32,) * 4},
+)
 
 
 @dataclass(frozen=True)
@@ -130,6 +142,8 @@ class PSATrainer:
         )
         accelerator = Accelerator(cpu=setting.device == "cpu")
         policy = Policy(unet, DDPMScheduler(), adapter)
+        if setting.checkpointing:
+            policy.checkpoint_with_reference()
         validation = Validation(accelerator, {}, pairs=1, batch_size=1)
         self._trainer = Trainer(config, accelerator, policy, adapter, self, validation, made_from={})
         self._steps = self._trainer.steps(StopSignals())
@@ -147,7 +161,7 @@ class PSATrainer:
             text=torch.randn(pairs, TOKENS, self._family.unet["cross_attention_dim"]),
             embedding=torch.randn(pairs, EMBEDDING_DIM),
             dropped=torch.zeros(pairs, dtype=torch.bool),
-            pooled=torch.randn(pairs, 1280) if sdxl else None,
+            pooled=torch.randn(pairs, _POOLED) if sdxl else None,
             time_ids=_time_ids(pairs, resolution) if sdxl else None,
             variants=(0,) * pairs if self._remembered else (),
         )
@@ -265,8 +279,8 @@ def _unet(setting: Setting) -> UNet2DConditionModel:
 
 
 def _text_encoder(sizes: Mapping[str, Any]) -> nn.Module:
-    if sizes == _CLIP_G:  # an equal one: settings travel to other processes
-        return CLIPTextModelWithProjection(CLIPTextConfig(**sizes, hidden_act="gelu", projection_dim=1280))
+    if "projection_dim" in sizes:
+        return CLIPTextModelWithProjection(CLIPTextConfig(**sizes, hidden_act="gelu"))
     return CLIPTextModel(CLIPTextConfig(**sizes))
 
 

@@ -26,10 +26,11 @@ import diffusers
 import torch
 from rich.console import Console
 from rich.progress import track
-from trainers import SD15, SDXL, PSATrainer, Setting, StraightforwardTrainer
+from trainers import NARROW, SD15, SDXL, PSATrainer, Setting, StraightforwardTrainer
 
 ROUNDS = 10
 GROWTH_ROUNDS = 3
+COLUMNS = ("measured", "this package", "straightforward", "ratio")
 
 console = Console()
 
@@ -61,6 +62,7 @@ class Plan:
 # With gradient checkpointing, as the paper trained SDXL: without it two pairs of 1024 px fill the largest devices.
 CUDA = Plan(Setting(SDXL, "cuda", "bf16", checkpointing=True), Load(2, 1024), (1, 2, 4), (512, 768, 1024))
 CPU = Plan(Setting(SD15, "cpu", "fp32", checkpointing=False), Load(1, 256), (1, 2, 4), (128, 256, 384))
+CALLS = Load(2, 64)  # for NARROW
 
 
 class Worker:
@@ -170,6 +172,14 @@ def comparison_rows(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
         yield _memory_row("the same with gradient checkpointing", *peaks)
 
 
+def calls_rows(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
+    """Measure both trainers where calls cost more than what they compute; rows as above."""
+    setting = replace(plan.setting, family=NARROW, checkpointing=True)
+    for what, remembered in (("", False), (", reference remembered", True)):
+        ours, theirs, *_ = compare(replace(setting, remembered=remembered), CALLS, ROUNDS)
+        yield from _speed_rows(replace(plan, setting=setting, load=CALLS), what, ours, theirs)
+
+
 def _speed_rows(
     plan: Plan, what: str, ours: list[Seconds], theirs: list[Seconds]
 ) -> Iterator[tuple[str, str, str, str]]:
@@ -210,7 +220,9 @@ def main() -> None:
         soft_wrap=True,
         highlight=False,
     )
-    print_table(("measured", "this package", "straightforward", "ratio"), list(comparison_rows(plan)))
+    print_table(COLUMNS, list(comparison_rows(plan)))
+    console.print(f"\n{NARROW.name}, {CALLS.resolution} px, pairs per step: {CALLS.pairs}, with gradient checkpointing")
+    print_table(COLUMNS, list(calls_rows(plan)))
     rows = [
         (str(pairs), f"{size} px", f"{1 / seconds:.3f}", f"{pairs / seconds:.3f}")
         for (pairs, size), seconds in growth(plan).items()

@@ -93,6 +93,8 @@ def train(config: TrainConfig, console: Console) -> Path:
         policy = Policy(unet, scheduler, adapter)
         if config.model.compile:
             unet.compile()
+        elif config.model.gradient_checkpointing:
+            policy.checkpoint_with_reference()
 
         validation = Validation(accelerator, dict(data.validation), config.validation.pairs, config.run.batch_size)
         made_from = {"pairs": data.train.digest(), "weights of the base model": base.fingerprint("unet")}

@@ -18,7 +18,7 @@ from comfyui_psa.adapter import AdapterConfig, EncoderSpec, PSAAdapter, find_sit
 from comfyui_psa.training.base import BaseModel, open_base
 from comfyui_psa.training.config import OptimizerSection, TrainConfig, load_config
 from comfyui_psa.training.dpo.denoising import PairBatch
-from comfyui_psa.training.dpo.loss import PairErrors, diffusion_dpo_loss
+from comfyui_psa.training.dpo.loss import diffusion_dpo_loss
 from comfyui_psa.training.dpo.optimizers import make_optimizer
 from comfyui_psa.training.dpo.plan import Memory, plan, to_toml
 from comfyui_psa.training.dpo.policy import DTYPES, Policy
@@ -178,15 +178,14 @@ def test_activations_are_what_a_real_step_keeps(
     estimate = plan(config, base, 1, dim).memory
 
     unet = base.unet(DTYPES[dtype])
-    if checkpointing:
-        unet.enable_gradient_checkpointing()
     adapter = real_adapter(unet, dim)
     policy = Policy(unet, base.noise_scheduler(), adapter)
+    if checkpointing:
+        policy.checkpoint_with_reference()
     batch = real_batch(base, pairs, 8, dim)
     known = [*unet.parameters(), *unet.buffers(), *adapter.parameters(), *adapter.buffers()]
-    reference = PairErrors(*torch.rand(2, pairs))
-    with Measured(known) as measured, policy.errors(TrainableAdapter(adapter), batch) as errors:
-        loss = diffusion_dpo_loss(errors, reference, 5000.0).loss.mean()
+    with Measured(known) as measured, policy.compared_errors(TrainableAdapter(adapter), batch) as errors:
+        loss = diffusion_dpo_loss(*errors, 5000.0).loss.mean()
     found = measured.bytes
     assert loss.requires_grad
     # In bfloat16 CUDA, and so the estimate, keeps the statistics of norms in float32; the CPU does not.

@@ -137,10 +137,12 @@ def test_a_batch_with_something_new_runs_the_unet_and_one_without_does_not() -> 
     calls, batch = calls_of(base), pair_batch(pairs=4)
     reference = RememberedReference(base, alone, rows=4, variants=2)
     first = reference.errors(again(batch, 0, 1))
+    assert first is not None
     reference.errors(again(batch, 0, 1))
     assert len(calls) == 2  # what a step has measured counts from the next one on, on all ranks
     reference.end_step()
     found = reference.errors(again(batch, 1, 0))
+    assert found is not None
     assert len(calls) == 2
     assert torch.equal(found.chosen, first.chosen.flip(0))
     assert torch.equal(found.rejected, first.rejected.flip(0))
@@ -155,10 +157,9 @@ def test_fresh_noise_is_never_remembered() -> None:
     calls, batch = calls_of(base), pair_batch()
     reference = RememberedReference(base, alone, rows=0, variants=0)
     for _ in range(2):
-        errors = reference.errors(batch)
+        assert reference.errors(batch) is None
         reference.end_step()
-        assert torch.equal(errors.chosen, base.reference_errors(batch).chosen)
-    assert len(calls) == 4
+    assert not calls
 
 
 def test_ranks_remember_what_any_of_them_has_measured() -> None:

@@ -8,7 +8,6 @@ import math
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import PIL.Image
@@ -303,16 +302,21 @@ def test_with_a_moving_average_the_adapter_is_the_average(bases: dict[str, Base]
     assert not torch.allclose(result["sites.0.to_v_user.weight"].float(), weights["sites.0.to_v_user.weight"])
 
 
-def test_gradient_checkpointing_gives_the_same_weights(
-    runs: dict[str, Run], split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_gradient_checkpointing_gives_the_same_weights_and_runs_the_reference_along(
+    runs: dict[str, Run], split: Path, tmp_path: Path
 ) -> None:
-    checkpointed = mock.Mock(wraps=torch.utils.checkpoint.checkpoint)
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", checkpointed)
     found = train_tiny(runs["sdxl"].base, split, tmp_path / "run", {"model.gradient_checkpointing": True})
-    assert checkpointed.called
+    pictures = 2 * found.config.run.batch_size
+    micro_batches = STEPS * found.config.run.accumulation
+    assert runs["sdxl"].unet_calls == [(pictures, False), (pictures, True)] * micro_batches
+    assert found.unet_calls == [(2 * pictures, True)] * micro_batches
     ours, theirs = (load_file(adapter_file(run.config)) for run in (found, runs["sdxl"]))
     for name, tensor in theirs.items():
-        assert difference(ours[name].float(), tensor.float()) < 1e-4, name
+        # Not each number: Adam's first steps are as long for gradients that are mostly rounding.
+        assert float((ours[name] - tensor).float().norm()) <= 1e-2 * float(tensor.float().norm()), name
+    for one, other in zip(metrics(found.config), metrics(runs["sdxl"].config), strict=True):
+        assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-2)
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-3)
 
 
 def test_adafactor_in_bf16_trains_float32_weights(bases: dict[str, Base], split: Path, tmp_path: Path) -> None:

@@ -54,19 +54,36 @@ def pair_errors(
     ``text`` is what it reads, for the chosen and then the rejected images; by default the batch's own.
     """
     text = text or Text(batch.text, batch.pooled).repeated(2)
-    latents = torch.cat((batch.chosen, batch.rejected))
-    noise = batch.noise.repeat(2, 1, 1, 1)
-    timesteps = batch.timesteps.repeat(2)
+    return errors_of(scheduler, batch, predictions(unet, scheduler, batch, text))
+
+
+def predictions(unet: UNet2DConditionModel, scheduler: DDPMScheduler, batch: PairBatch, text: Text) -> Tensor:
+    """Return what the UNet says of chosen and then rejected images, ``[2 * pairs, ...]``, in float32.
+
+    A ``text`` that is several times as long has it look at both as often, each time with the next part of it.
+    """
+    times = len(text.hidden) // (2 * len(batch.rows))
+    latents, noise, timesteps = _both(batch)
     noisy = scheduler.add_noise(latents, noise, timesteps)
-    added = text.added(batch.time_ids, unet.dtype)
-    predicted = unet(noisy.to(unet.dtype), timesteps, text.hidden.to(unet.dtype), **added)
-    target = prediction_target(scheduler, latents, noise, timesteps)
-    prediction = predicted.sample.float()
-    residuals = prediction - target
+    dtype = unet.dtype  # asked once: it looks through all weights
+    inputs = noisy.to(dtype).repeat(times, 1, 1, 1), timesteps.repeat(times), text.hidden.to(dtype)
+    predicted: Tensor = unet(*inputs, **text.added(batch.time_ids, dtype)).sample
+    return predicted.float()
+
+
+def errors_of(scheduler: DDPMScheduler, batch: PairBatch, prediction: Tensor) -> PairErrors:
+    """Return the errors of a prediction ``[2 * pairs, ...]`` of chosen and then rejected images."""
+    residuals = prediction - prediction_target(scheduler, *_both(batch))
     chosen, rejected = residuals.square().mean(dim=(1, 2, 3)).chunk(2)
     first, second = residuals.detach().chunk(2)
     said = None if batch.allowed is None else prediction
     return PairErrors(chosen, rejected, (first * second).mean(dim=(1, 2, 3)), said)
+
+
+def _both(batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, noise and timesteps of the chosen and then the rejected images."""
+    latents = torch.cat((batch.chosen, batch.rejected))
+    return latents, batch.noise.repeat(2, 1, 1, 1), batch.timesteps.repeat(2)
 
 
 def prediction_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

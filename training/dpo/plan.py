@@ -26,6 +26,7 @@ from ..config import OptimizerSection, TrainConfig
 from .denoising import PairBatch
 from .loss import PairErrors, diffusion_dpo_loss
 from .policy import DTYPES, Policy
+from .recomputation import Recomputation
 from .trainable import TrainableAdapter, new_adapter_config
 
 PAPER_EMBEDDING_DIM = 3584
@@ -197,11 +198,13 @@ def _activations(
     batch = _empty_batch(config, base, adapter)
     modules = (unet, adapter)
     kept = _Kept(_storage(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    reference: PairErrors | None = PairErrors(*torch.empty((2, config.run.batch_size), device="meta"))
     if config.model.gradient_checkpointing:
-        unet.enable_gradient_checkpointing(kept.checkpoint)
-    reference = PairErrors(*torch.empty((2, config.run.batch_size), device="meta"))
-    with _FusedAttention(), kept.hooks(), policy.errors(effects, batch) as errors:
-        diffusion_dpo_loss(errors, reference, config.loss.beta).loss.mean()
+        unet.enable_gradient_checkpointing(kept.checkpoint(policy.checkpoint_with_reference()))
+        if not config.model.compile and not config.loss.remembers_reference:
+            reference = None  # it runs with the policy
+    with _FusedAttention(), kept.hooks(), policy.compared_errors(effects, batch, reference) as errors:
+        diffusion_dpo_loss(*errors, config.loss.beta).loss.mean()
     return kept.bytes, kept.largest_layer
 
 
@@ -233,7 +236,6 @@ class _Kept:
     def __init__(self, known: Iterable[int]) -> None:
         self._known = frozenset(known)
         self._tensors: dict[int, Tensor] = {}  # held, so that no other storage gets the same address
-        self._used = False
         self.largest_layer = 0
 
     @property
@@ -243,20 +245,21 @@ class _Kept:
     def hooks(self) -> saved_tensors_hooks:
         return saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
-    def checkpoint(self, layer: Callable[..., Any], *args: Any) -> Any:
-        """Gradient checkpointing as far as memory goes: a layer's inputs stay, its inside comes back later, alone."""
-        inputs = [arg for arg in args if isinstance(arg, Tensor)]
-        inside = _Kept(self._known | set(self._tensors) | set(map(_storage, inputs)))
-        with inside.hooks():
-            result = layer(*args)
-        if inside._used:  # else no gradient comes through here
-            for tensor in inputs:
-                self._pack(tensor)
-        self.largest_layer = max(self.largest_layer, inside.bytes)
-        return result
+    def checkpoint(self, recomputation: Recomputation) -> Callable[..., Tensor]:
+        """Gradient checkpointing that also notes what the largest block keeps when it runs again."""
+
+        def run(block: nn.Module, *args: Any) -> Tensor:
+            again = [arg[: recomputation.pictures] if isinstance(arg, Tensor) else arg for arg in args]
+            inputs = [arg for arg in args if isinstance(arg, Tensor)]
+            inside = _Kept(self._known | set(self._tensors) | set(map(_storage, inputs)))
+            with inside.hooks():
+                block(*again)
+            self.largest_layer = max(self.largest_layer, inside.bytes)
+            return recomputation(block, *args)
+
+        return run
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        self._used = True
         if _storage(tensor) not in self._known:
             self._tensors.setdefault(_storage(tensor), tensor)
         return tensor

@@ -16,9 +16,10 @@ from ...adapter import PSAAdapter, find_sites
 from ..config import LossSection, ModelSection
 from ..errors import TrainingError
 from .attachment import Attachment
-from .denoising import PairBatch, error_weights, pair_errors
+from .denoising import PairBatch, error_weights, errors_of, pair_errors, predictions
 from .inputs import Text, UNetInputs
 from .loss import DPOLoss, PairErrors, diffusion_dpo_loss, safeguarded, with_fidelity
+from .recomputation import Recomputation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,6 +36,16 @@ class Policy:
         self.unet = unet.requires_grad_(False).eval()
         self.scheduler = scheduler
         self._attachment = Attachment(unet, sites)
+        self._recomputation: Recomputation | None = None
+
+    def checkpoint_with_reference(self) -> Recomputation:
+        """Turn gradient checkpointing on, and let ``compared_errors`` run the UNet once and not twice.
+
+        A UNet that is compiled has diffusers' own instead: a compiler cannot follow this one.
+        """
+        self._recomputation = Recomputation(self._attachment)
+        self.unet.enable_gradient_checkpointing(self._recomputation)
+        return self._recomputation
 
     @torch.no_grad()
     def reference_errors(self, batch: PairBatch) -> PairErrors:
@@ -44,9 +55,44 @@ class Policy:
     @contextmanager
     def errors(self, effects: nn.Module | Effects, batch: PairBatch) -> Iterator[PairErrors]:
         """Yield the errors with each pair's user; the backward pass belongs into the block."""
-        inputs: UNetInputs = effects(batch.embedding, batch.dropped, Text(batch.text, batch.pooled)).repeated(2)
+        inputs = self._inputs(effects, batch)
         with self.applied(inputs):
             yield pair_errors(self.unet, self.scheduler, batch, inputs.text)
+
+    @contextmanager
+    def compared_errors(
+        self, effects: nn.Module | Effects, batch: PairBatch, reference: PairErrors | None = None
+    ) -> Iterator[tuple[PairErrors, PairErrors]]:
+        """Yield the errors with each pair's user, and those of the base model, which runs if they are not given.
+
+        The backward pass belongs into the block.
+        """
+        if reference is None and self._recomputation is not None:
+            with self._errors_of_both(self._recomputation, effects, batch) as errors:
+                yield errors
+        else:
+            known = self.reference_errors(batch) if reference is None else reference
+            with self.errors(effects, batch) as model:
+                yield model, known
+
+    @contextmanager
+    def _errors_of_both(
+        self, recomputation: Recomputation, effects: nn.Module | Effects, batch: PairBatch
+    ) -> Iterator[tuple[PairErrors, PairErrors]]:
+        """Run the UNet once on the pairs with their users and behind them on the same pairs without."""
+        inputs, base = self._inputs(effects, batch), Text(batch.text, batch.pooled).repeated(2)
+        pictures = len(base.hidden)
+        with (
+            self._attachment.applied(inputs.vectors, inputs.gates, pictures),
+            recomputation.of_first(pictures),
+        ):
+            said = predictions(self.unet, self.scheduler, batch, inputs.text.followed_by(base))
+            model, reference = said[:pictures], said[pictures:].detach()
+            yield errors_of(self.scheduler, batch, model), errors_of(self.scheduler, batch, reference)
+
+    def _inputs(self, effects: nn.Module | Effects, batch: PairBatch) -> UNetInputs:
+        inputs: UNetInputs = effects(batch.embedding, batch.dropped, Text(batch.text, batch.pooled))
+        return inputs.repeated(2)
 
     def loss(self, model: PairErrors, reference: PairErrors, batch: PairBatch, section: LossSection) -> DPOLoss:
         """Return the loss of each pair as the configuration has it."""
@@ -83,10 +129,13 @@ class RememberedReference:
         self._table = torch.full((rows, variants, 2), torch.nan)  # chosen, rejected
         self._step: list[Tensor] = []
 
-    def errors(self, batch: PairBatch) -> PairErrors:
-        """Return the errors of the base model, ``[pairs]`` each; the UNet runs unless all of them are known."""
+    def errors(self, batch: PairBatch) -> PairErrors | None:
+        """Return the errors of the base model, ``[pairs]`` each; the UNet runs unless all of them are known.
+
+        None if nothing is remembered.
+        """
         if not self._variants:
-            return self._policy.reference_errors(batch)
+            return None
         keys = torch.tensor([batch.rows, batch.variants])
         known = self._table[keys[0], keys[1]]
         if bool(known.isnan().any()):

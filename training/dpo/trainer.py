@@ -178,8 +178,8 @@ class Trainer:
         return table, float(norm), stopped
 
     def _micro_batch(self, batch: PairBatch) -> Tensor:
-        reference = self._reference.errors(batch)
-        with self.policy.errors(self.effects, batch) as model:
+        known = self._reference.errors(batch)
+        with self.policy.compared_errors(self.effects, batch, known) as (model, reference):
             result = self.policy.loss(model, reference, batch, self._loss)
             self.accelerator.backward(result.loss.mean())
         return PairRecords.of(batch, model, reference, result).table()
