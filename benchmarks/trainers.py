@@ -142,8 +142,7 @@ class PSATrainer:
         )
         accelerator = Accelerator(cpu=setting.device == "cpu")
         policy = Policy(unet, DDPMScheduler(), adapter)
-        if setting.checkpointing:
-            policy.checkpoint_with_reference()
+        policy.checkpoint_gradients(config.model)
         validation = Validation(accelerator, {}, pairs=1, batch_size=1)
         self._trainer = Trainer(config, accelerator, policy, adapter, self, validation, made_from={})
         self._steps = self._trainer.steps(StopSignals())

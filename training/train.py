@@ -91,10 +91,9 @@ def train(config: TrainConfig, console: Console) -> Path:
         unet = base.unet(DTYPES[config.model.dtype]).to(accelerator.device)
         configure_unet(unet, config.model)
         policy = Policy(unet, scheduler, adapter)
+        policy.checkpoint_gradients(config.model)
         if config.model.compile:
             unet.compile()
-        elif config.model.gradient_checkpointing:
-            policy.checkpoint_with_reference()
 
         validation = Validation(accelerator, dict(data.validation), config.validation.pairs, config.run.batch_size)
         made_from = {"pairs": data.train.digest(), "weights of the base model": base.fingerprint("unet")}

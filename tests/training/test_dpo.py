@@ -120,10 +120,9 @@ def test_gradients_are_those_of_true_two_branch_attention(checkpointing: bool) -
         return diffusion_dpo_loss(model, reference, 50.0).loss.mean()
 
     unet = tiny_unet().double()
-    if checkpointing:
-        unet.enable_gradient_checkpointing()
     ours = tiny_adapter(unet, trained=True)
     policy = policy_for(unet, ours)
+    policy.checkpoint_gradients(ModelSection(base=Path("base"), gradient_checkpointing=checkpointing))
     effects = TrainableAdapter(ours)
     effects.double()
     with policy.applied(effects(batch.embedding, batch.dropped, Text(batch.text))):
@@ -303,10 +302,9 @@ def test_xformers_attention_gives_the_same_loss_and_gradients(
         assert (processors == {attention_processor.XFormersAttnProcessor}) == xformers
         calls.clear()
         policy, effects = policy_for(unet, adapter), TrainableAdapter(adapter)
-        batch = pair_batch()
-        reference = policy.reference_errors(batch)
-        with policy.errors(effects, batch) as model:
-            loss = diffusion_dpo_loss(model, reference, BETA).loss
+        policy.checkpoint_gradients(section)
+        with policy.compared_errors(effects, pair_batch()) as errors:
+            loss = diffusion_dpo_loss(*errors, BETA).loss
             loss.mean().backward()
         results.append((loss.detach(), [parameter.grad for parameter in adapter.parameters()]))
         assert (len(calls) > 0) == xformers

@@ -180,8 +180,7 @@ def test_activations_are_what_a_real_step_keeps(
     unet = base.unet(DTYPES[dtype])
     adapter = real_adapter(unet, dim)
     policy = Policy(unet, base.noise_scheduler(), adapter)
-    if checkpointing:
-        policy.checkpoint_with_reference()
+    policy.checkpoint_gradients(config.model)
     batch = real_batch(base, pairs, 8, dim)
     known = [*unet.parameters(), *unet.buffers(), *adapter.parameters(), *adapter.buffers()]
     with Measured(known) as measured, policy.compared_errors(TrainableAdapter(adapter), batch) as errors:

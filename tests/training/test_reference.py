@@ -136,19 +136,19 @@ def test_a_batch_with_something_new_runs_the_unet_and_one_without_does_not() -> 
     base = policy()
     calls, batch = calls_of(base), pair_batch(pairs=4)
     reference = RememberedReference(base, alone, rows=4, variants=2)
-    first = reference.errors(again(batch, 0, 1))
+    first = reference.known_errors(again(batch, 0, 1))
     assert first is not None
-    reference.errors(again(batch, 0, 1))
+    reference.known_errors(again(batch, 0, 1))
     assert len(calls) == 2  # what a step has measured counts from the next one on, on all ranks
     reference.end_step()
-    found = reference.errors(again(batch, 1, 0))
+    found = reference.known_errors(again(batch, 1, 0))
     assert found is not None
     assert len(calls) == 2
     assert torch.equal(found.chosen, first.chosen.flip(0))
     assert torch.equal(found.rejected, first.rejected.flip(0))
-    reference.errors(again(batch, 1, 2))
+    reference.known_errors(again(batch, 1, 2))
     assert len(calls) == 3
-    reference.errors(again(batch, 0, 1, variant=1))
+    reference.known_errors(again(batch, 0, 1, variant=1))
     assert len(calls) == 4
 
 
@@ -157,7 +157,7 @@ def test_fresh_noise_is_never_remembered() -> None:
     calls, batch = calls_of(base), pair_batch()
     reference = RememberedReference(base, alone, rows=0, variants=0)
     for _ in range(2):
-        assert reference.errors(batch) is None
+        assert reference.known_errors(batch) is None
         reference.end_step()
     assert not calls
 
@@ -185,7 +185,7 @@ def test_ranks_remember_what_any_of_them_has_measured() -> None:
 
         def one(rank: int) -> None:
             for step in steps:
-                ranks[rank].errors(again(batch, *step[rank]))
+                ranks[rank].known_errors(again(batch, *step[rank]))
                 ranks[rank].end_step()
 
         with ThreadPoolExecutor(2) as pool:

@@ -26,11 +26,11 @@ class _Addition(NamedTuple):
     vector: Tensor | None
     gate: SiteGate | None
 
-    def to(self, hidden: Tensor, seen: Tensor | None) -> Tensor:
-        """Add it to ``hidden``; ``seen`` is the layer's input. Both are ``[users, positions, hidden]``."""
+    def added_to(self, hidden: Tensor, seen: Tensor) -> Tensor:
+        """Return the sum; ``seen`` is the layer's input, for the gate. Both are ``[users, positions, hidden]``."""
         if self.vector is not None:
             hidden = hidden + self.vector.to(hidden.dtype)[:, None]
-        if self.gate is not None and seen is not None:
+        if self.gate is not None:
             hidden = hidden + self.gate.to(hidden.dtype)(seen)
         return hidden
 
@@ -72,6 +72,11 @@ class Attachment:
         with self._adding(tuple(_Addition(vector, gate) for vector, gate in additions), pictures):
             yield
 
+    @property
+    def pictures(self) -> int | None:
+        """How many pictures at the beginning of the batch are the users'; None: all."""
+        return self._pictures
+
     def tensors_in(self, block: nn.Module) -> list[Tensor]:
         """Return what is added within a block of the UNet, flat."""
         return [tensor for i in self._within(block) for tensor in self._additions[i].tensors()]
@@ -109,7 +114,7 @@ class Attachment:
 
     def _look(self, index: int) -> Hook:
         def look(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self._additions and self._additions[index].gate is not None:
+            if self._additions:
                 self._inputs[index] = args[0]  # [batch, positions, hidden]
 
         return look
@@ -119,11 +124,10 @@ class Attachment:
             if not self._additions:
                 return None
             hidden, *others = args  # [batch, positions, hidden]
-            seen = self._inputs.pop(index, None)
+            addition, seen = self._additions[index], self._inputs.pop(index)
             if self._pictures is None:
-                return self._additions[index].to(hidden, seen), *others
+                return addition.added_to(hidden, seen), *others
             first, rest = hidden[: self._pictures], hidden[self._pictures :]
-            first = self._additions[index].to(first, None if seen is None else seen[: self._pictures])
-            return torch.cat((first, rest)), *others
+            return torch.cat((addition.added_to(first, seen[: self._pictures]), rest)), *others
 
         return add

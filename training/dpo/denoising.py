@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -46,6 +46,42 @@ class PairBatch:
         return replace(self, **moved)
 
 
+class Noised(NamedTuple):
+    """What a UNet sees of chosen and then rejected images, and is to predict: ``[2 * pairs, ...]`` each."""
+
+    latents: Tensor
+    timesteps: Tensor
+    target: Tensor
+
+
+def noised(scheduler: DDPMScheduler, batch: PairBatch) -> Noised:
+    """Add each pair's noise to both of its images."""
+    latents, noise = torch.cat((batch.chosen, batch.rejected)), batch.noise.repeat(2, 1, 1, 1)
+    timesteps = batch.timesteps.repeat(2)
+    target = prediction_target(scheduler, latents, noise, timesteps)
+    return Noised(scheduler.add_noise(latents, noise, timesteps), timesteps, target)
+
+
+def predict(unet: UNet2DConditionModel, batch: PairBatch, seen: Noised, text: Text, times: int = 1) -> Tensor:
+    """Run the UNet once on all images, or on all of them several times, each with a part of ``text`` of its own.
+
+    ``text`` is of ``times * 2 * pairs`` images, and so is the prediction, in float32.
+    """
+    dtype = unet.dtype  # asked once: it walks through all modules
+    latents, timesteps = seen.latents.to(dtype).repeat(times, 1, 1, 1), seen.timesteps.repeat(times)
+    predicted: Tensor = unet(latents, timesteps, text.hidden.to(dtype), **text.added(batch.time_ids, dtype)).sample
+    return predicted.float()
+
+
+def errors_of(batch: PairBatch, prediction: Tensor, target: Tensor) -> PairErrors:
+    """Return the errors of a prediction of chosen and then rejected images, ``[2 * pairs, ...]``."""
+    residuals = prediction - target
+    chosen, rejected = residuals.square().mean(dim=(1, 2, 3)).chunk(2)
+    first, second = residuals.detach().chunk(2)
+    said = None if batch.allowed is None else prediction
+    return PairErrors(chosen, rejected, (first * second).mean(dim=(1, 2, 3)), said)
+
+
 def pair_errors(
     unet: UNet2DConditionModel, scheduler: DDPMScheduler, batch: PairBatch, text: Text | None = None
 ) -> PairErrors:
@@ -53,37 +89,8 @@ def pair_errors(
 
     ``text`` is what it reads, for the chosen and then the rejected images; by default the batch's own.
     """
-    text = text or Text(batch.text, batch.pooled).repeated(2)
-    return errors_of(scheduler, batch, predictions(unet, scheduler, batch, text))
-
-
-def predictions(unet: UNet2DConditionModel, scheduler: DDPMScheduler, batch: PairBatch, text: Text) -> Tensor:
-    """Return what the UNet says of chosen and then rejected images, ``[2 * pairs, ...]``, in float32.
-
-    A ``text`` that is several times as long has it look at both as often, each time with the next part of it.
-    """
-    times = len(text.hidden) // (2 * len(batch.rows))
-    latents, noise, timesteps = _both(batch)
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    dtype = unet.dtype  # asked once: it looks through all weights
-    inputs = noisy.to(dtype).repeat(times, 1, 1, 1), timesteps.repeat(times), text.hidden.to(dtype)
-    predicted: Tensor = unet(*inputs, **text.added(batch.time_ids, dtype)).sample
-    return predicted.float()
-
-
-def errors_of(scheduler: DDPMScheduler, batch: PairBatch, prediction: Tensor) -> PairErrors:
-    """Return the errors of a prediction ``[2 * pairs, ...]`` of chosen and then rejected images."""
-    residuals = prediction - prediction_target(scheduler, *_both(batch))
-    chosen, rejected = residuals.square().mean(dim=(1, 2, 3)).chunk(2)
-    first, second = residuals.detach().chunk(2)
-    said = None if batch.allowed is None else prediction
-    return PairErrors(chosen, rejected, (first * second).mean(dim=(1, 2, 3)), said)
-
-
-def _both(batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, noise and timesteps of the chosen and then the rejected images."""
-    latents = torch.cat((batch.chosen, batch.rejected))
-    return latents, batch.noise.repeat(2, 1, 1, 1), batch.timesteps.repeat(2)
+    seen = noised(scheduler, batch)
+    return errors_of(batch, predict(unet, batch, seen, text or Text(batch.text, batch.pooled).repeated(2)), seen.target)
 
 
 def prediction_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

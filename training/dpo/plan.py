@@ -199,10 +199,11 @@ def _activations(
     modules = (unet, adapter)
     kept = _Kept(_storage(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers()))
     reference: PairErrors | None = PairErrors(*torch.empty((2, config.run.batch_size), device="meta"))
-    if config.model.gradient_checkpointing:
-        unet.enable_gradient_checkpointing(kept.checkpoint(policy.checkpoint_with_reference()))
+    policy.checkpoint_gradients(config.model.model_copy(update={"compile": False}))  # which keeps as much
+    if policy.recomputation is not None:
+        unet.enable_gradient_checkpointing(kept.checkpoint(policy.recomputation))
         if not config.model.compile and not config.loss.remembers_reference:
-            reference = None  # it runs with the policy
+            reference = None  # it runs along with the policy
     with _FusedAttention(), kept.hooks(), policy.compared_errors(effects, batch, reference) as errors:
         diffusion_dpo_loss(*errors, config.loss.beta).loss.mean()
     return kept.bytes, kept.largest_layer
@@ -249,11 +250,11 @@ class _Kept:
         """Gradient checkpointing that also notes what the largest block keeps when it runs again."""
 
         def run(block: nn.Module, *args: Any) -> Tensor:
-            again = [arg[: recomputation.pictures] if isinstance(arg, Tensor) else arg for arg in args]
             inputs = [arg for arg in args if isinstance(arg, Tensor)]
+            again = iter(recomputation.policys(inputs))
             inside = _Kept(self._known | set(self._tensors) | set(map(_storage, inputs)))
             with inside.hooks():
-                block(*again)
+                block(*(next(again) if isinstance(arg, Tensor) else arg for arg in args))
             self.largest_layer = max(self.largest_layer, inside.bytes)
             return recomputation(block, *args)
 

@@ -16,7 +16,7 @@ from ...adapter import PSAAdapter, find_sites
 from ..config import LossSection, ModelSection
 from ..errors import TrainingError
 from .attachment import Attachment
-from .denoising import PairBatch, error_weights, errors_of, pair_errors, predictions
+from .denoising import PairBatch, error_weights, errors_of, noised, pair_errors, predict
 from .inputs import Text, UNetInputs
 from .loss import DPOLoss, PairErrors, diffusion_dpo_loss, safeguarded, with_fidelity
 from .recomputation import Recomputation
@@ -36,16 +36,19 @@ class Policy:
         self.unet = unet.requires_grad_(False).eval()
         self.scheduler = scheduler
         self._attachment = Attachment(unet, sites)
-        self._recomputation: Recomputation | None = None
+        self.recomputation: Recomputation | None = None
 
-    def checkpoint_with_reference(self) -> Recomputation:
-        """Turn gradient checkpointing on, and let ``compared_errors`` run the UNet once and not twice.
+    def checkpoint_gradients(self, section: ModelSection) -> None:
+        """Turn gradient checkpointing on if the configuration asks for it.
 
-        A UNet that is compiled has diffusers' own instead: a compiler cannot follow this one.
+        Then ``compared_errors`` runs the UNet once and not twice; but a UNet that is compiled has diffusers' own
+        checkpointing, since a compiler cannot follow ours.
         """
-        self._recomputation = Recomputation(self._attachment)
-        self.unet.enable_gradient_checkpointing(self._recomputation)
-        return self._recomputation
+        if section.gradient_checkpointing and section.compile:
+            self.unet.enable_gradient_checkpointing()
+        elif section.gradient_checkpointing:
+            self.recomputation = Recomputation(self._attachment)
+            self.unet.enable_gradient_checkpointing(self.recomputation)
 
     @torch.no_grad()
     def reference_errors(self, batch: PairBatch) -> PairErrors:
@@ -67,8 +70,8 @@ class Policy:
 
         The backward pass belongs into the block.
         """
-        if reference is None and self._recomputation is not None:
-            with self._errors_of_both(self._recomputation, effects, batch) as errors:
+        if reference is None and self.recomputation is not None:
+            with self._errors_of_both(effects, batch) as errors:
                 yield errors
         else:
             known = self.reference_errors(batch) if reference is None else reference
@@ -77,18 +80,15 @@ class Policy:
 
     @contextmanager
     def _errors_of_both(
-        self, recomputation: Recomputation, effects: nn.Module | Effects, batch: PairBatch
+        self, effects: nn.Module | Effects, batch: PairBatch
     ) -> Iterator[tuple[PairErrors, PairErrors]]:
         """Run the UNet once on the pairs with their users and behind them on the same pairs without."""
         inputs, base = self._inputs(effects, batch), Text(batch.text, batch.pooled).repeated(2)
-        pictures = len(base.hidden)
-        with (
-            self._attachment.applied(inputs.vectors, inputs.gates, pictures),
-            recomputation.of_first(pictures),
-        ):
-            said = predictions(self.unet, self.scheduler, batch, inputs.text.followed_by(base))
+        pictures, seen = len(base.hidden), noised(self.scheduler, batch)
+        with self._attachment.applied(inputs.vectors, inputs.gates, pictures):
+            said = predict(self.unet, batch, seen, inputs.text.followed_by(base), times=2)
             model, reference = said[:pictures], said[pictures:].detach()
-            yield errors_of(self.scheduler, batch, model), errors_of(self.scheduler, batch, reference)
+            yield errors_of(batch, model, seen.target), errors_of(batch, reference, seen.target)
 
     def _inputs(self, effects: nn.Module | Effects, batch: PairBatch) -> UNetInputs:
         inputs: UNetInputs = effects(batch.embedding, batch.dropped, Text(batch.text, batch.pooled))
@@ -129,10 +129,11 @@ class RememberedReference:
         self._table = torch.full((rows, variants, 2), torch.nan)  # chosen, rejected
         self._step: list[Tensor] = []
 
-    def errors(self, batch: PairBatch) -> PairErrors | None:
-        """Return the errors of the base model, ``[pairs]`` each; the UNet runs unless all of them are known.
+    def known_errors(self, batch: PairBatch) -> PairErrors | None:
+        """Return the errors of the base model, ``[pairs]`` each; None with ``variants`` 0.
 
-        None if nothing is remembered.
+        Unless all of them are known the UNet runs: with as many pictures as it will later have without it, so that what
+        is compared comes from the same kernels.
         """
         if not self._variants:
             return None
@@ -165,7 +166,7 @@ class RememberedReference:
 
 
 def configure_unet(unet: UNet2DConditionModel, section: ModelSection) -> None:
-    """Switch on what the configuration asks for: xformers, gradient checkpointing.
+    """Switch xformers on, if the configuration asks for it.
 
     Raises:
         TrainingError: xformers is not installed, or not for this device, this torch or its CUDA.
@@ -179,5 +180,3 @@ def configure_unet(unet: UNet2DConditionModel, section: ModelSection) -> None:
                 f'model.attention = "xformers" cannot be used here ({reason}). Install xformers for this torch and its '
                 'CUDA (docs/benchmarks.md, "Training"), or use "sdpa", which torch has built in.'
             ) from None
-    if section.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()

@@ -2,13 +2,14 @@
 
 Each block runs once for all of them, without a graph. The backward pass runs it again, for the policy's pictures alone:
 what the reference costs is its share of a larger batch, and no call of its own. What the adapter adds inside a block is
-an input of it like all others, so gradients reach the adapter as without checkpointing.
+an input of it like all others, so gradients reach the adapter as without checkpointing. The little that is between
+blocks (norms, up and down sampling) has a graph for all pictures; the reference's gradients are zero there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,18 +26,12 @@ class Recomputation:
     """
 
     def __init__(self, attachment: Attachment) -> None:
-        """Know nothing of the batch; ``attachment`` is that of the UNet."""
+        """Keep to the ``attachment`` of the UNet: its users' pictures are those that get gradients."""
         self._attachment = attachment
-        self.pictures: int | None = None  # how many at the beginning of a batch get gradients; None: all
 
-    @contextmanager
-    def of_first(self, pictures: int) -> Iterator[None]:
-        """Within the block, only the first ``pictures`` of a batch get gradients."""
-        self.pictures = pictures
-        try:
-            yield
-        finally:
-            self.pictures = None
+    def policys(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the policy's share of tensors ``[batch, ...]``, as views."""
+        return [tensor[: self._attachment.pictures] for tensor in tensors]
 
     def __call__(self, block: nn.Module, *args: Any) -> Tensor:
         """Run ``block``; the backward pass, which belongs into the attachment's block too, runs it again."""
@@ -53,7 +48,7 @@ class Recomputation:
                 output: Tensor = block(*(next(rest) if other is None else other[0] for other in others))
             return output
 
-        output: Tensor = _Recomputed.apply(run, self.pictures, len(inputs), *inputs, *added)
+        output: Tensor = _Recomputed.apply(run, self.policys, len(inputs), *inputs, *added)
         return output
 
 
@@ -61,14 +56,19 @@ class _Recomputed(torch.autograd.Function):
     """A block as a function of its inputs and of what is added in it; the graph is made in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[..., Tensor], pictures: int | None, count: int, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        run: Callable[..., Tensor],
+        policys: Callable[[Sequence[Tensor]], list[Tensor]],
+        count: int,
+        *tensors: Tensor,
+    ) -> Tensor:
         inputs, added = tensors[:count], tensors[count:]
         ctx.run, ctx.count, ctx.batch = run, count, len(inputs[0])
+        kept = policys(inputs)
         # The first is this block's own: a view would keep the reference's pictures too. The others are every block's.
-        kept = [tensor[:pictures] for tensor in inputs]
-        if pictures is not None:
-            kept[0] = kept[0].clone()
-        ctx.save_for_backward(*kept, *added)
+        first = inputs[0] if len(kept[0]) == ctx.batch else kept[0].clone()
+        ctx.save_for_backward(first, *kept[1:], *added)
         return run(inputs)
 
     @staticmethod

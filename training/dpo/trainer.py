@@ -178,7 +178,7 @@ class Trainer:
         return table, float(norm), stopped
 
     def _micro_batch(self, batch: PairBatch) -> Tensor:
-        known = self._reference.errors(batch)
+        known = self._reference.known_errors(batch)
         with self.policy.compared_errors(self.effects, batch, known) as (model, reference):
             result = self.policy.loss(model, reference, batch, self._loss)
             self.accelerator.backward(result.loss.mean())

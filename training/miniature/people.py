@@ -6,6 +6,7 @@ people differ from the training people in both.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,9 +114,13 @@ def with_set(person: Profile, chosen: CategorySet) -> Profile:
 def _stream(seed: int) -> Iterator[Profile]:
     size, seen = 1000, 0
     while True:
-        people = simulate_users(size, seed)
-        yield from people[seen:]
+        yield from _crowd(size, seed)[seen:]
         size, seen = 2 * size, size
+
+
+@functools.lru_cache(maxsize=8)
+def _crowd(count: int, seed: int) -> tuple[Profile, ...]:
+    return tuple(simulate_users(count, seed))
 
 
 def _combination(person: Profile) -> Combination:

@@ -19,7 +19,7 @@ from comfyui_psa.training.dpo.policy import Policy
 from comfyui_psa.training.miniature import MINIATURE, adapters
 from comfyui_psa.training.miniature.methods import Method
 
-PAIRS, STEPS, PER_CELL = 400, 60, 16
+PAIRS, STEPS, PER_CELL = 200, 60, 10
 # The paper's kind, which is the first to learn who bans everything, with the loss that is best for it.
 KIND = ('adapter.kinds=["constant"]', "loss.fidelity=0")
 SHORT = (*KIND, f"run.steps={STEPS}", "validation.every=0", "validation.grid_every=0", "tracking.trackers=[]")
