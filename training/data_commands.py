@@ -47,6 +47,12 @@ def check_data(
         console.print(f"It cannot be trained on: {'; '.join(report.reasons)}.", style="red", markup=False)
         raise typer.Exit(1)
     console.print("It can be trained on.", style="green")
+    if against := report.reasons_against_fidelity:
+        console.print(f"Not with loss.fidelity: {'; '.join(against)}.", markup=False)
+    elif unknown := report.rows - report.known_categories:
+        console.print(f"With loss.fidelity, too; rows of unknown category, which stay preferences: {unknown}.")
+    else:
+        console.print("With loss.fidelity, too.")
 
 
 def encode(

@@ -324,6 +324,34 @@ def test_the_command_shows_counts_and_changes_nothing(sage: Path) -> None:
     assert {path: path.read_bytes() for path in sage.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("categories", "bans", "said"),
+    [
+        ((None,) * 6, "[]", "Not with loss.fidelity: no row has a column category that names one of the seven"),
+        (("Hate", "harmless", "violence") * 2, "['Hate']", "With loss.fidelity, too."),
+        (
+            ("Hate", "Other", None) * 2,
+            "[]",
+            "rows of unknown category, which stay preferences: 4",
+        ),
+        (("Hate",) * 6, None, "Not with loss.fidelity: users without Banned_Categories: 3, first 0000001"),
+        (("Hate",) * 6, "['Fear']", "Not with loss.fidelity: users without Banned_Categories: 3, first 0000001"),
+    ],
+)
+def test_it_says_whether_fidelity_has_what_it_needs(
+    sage: Path, tmp_path: Path, categories: tuple[str | None, ...], bans: str | None, said: str
+) -> None:
+    rows = read_metadata(sage)
+    for row, category in zip(rows, categories, strict=True):
+        row["category"] = category
+        row["user_data"].pop("Banned_Categories", None)
+        row["user_data"] |= {} if bans is None else {"Banned_Categories": bans}
+    write_metadata(sage, rows)
+    result = _run(sage, "--embeddings", _embeddings(tmp_path / "embeddings", 4, 4, 4))
+    assert result.exit_code == 0
+    assert said in result.output
+
+
 def test_a_long_list_of_findings_ends_with_their_number(tmp_path: Path) -> None:
     sage = write_sage_split(tmp_path / "sage", rows=14, users=3, size=(8, 8))
     for row in range(14):

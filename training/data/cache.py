@@ -76,7 +76,7 @@ def build_cache(
         )
     if state.is_main_process:
         for report in cached.skipped:
-            logger.warning("PSA: left out of training: %s", report)
+            logger.warning("PSA: left out: %s", report)
         if allowed is not None and (unknown := unknown_rows(table)):
             logger.warning("PSA: rows of %s without a known category, which stay preferences: %d", source, unknown)
     return cached

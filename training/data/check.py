@@ -15,9 +15,10 @@ from rich.progress import Progress
 
 from ...profiles import Profile, banned_categories
 from ..errors import DataError
+from .categories import known_category
 from .images import open_image
 from .pairs import ImageSource, Pair, Pairs, open_pairs
-from .users import load_user_embedding, read_profile
+from .users import load_user_embedding, read_profile, said_bans
 
 _FEWEST_USERS = 3  # by the defaults of [validation] and [adapter]
 _PAIRS_AT_ONCE = 64
@@ -31,13 +32,16 @@ class Report:
     """What a set holds, and what is wrong with it; each finding is a sentence that names its row or file.
 
     ``sizes`` counts image files by (width, height) in pixels. ``categories`` counts rows by their column
-    ``category`` or, if there is none, users by what they ban (``banned_by_users``).
+    ``category`` or, if there is none, users by what they ban (``banned_by_users``). ``known_categories`` are rows whose
+    category is one of the seven or "harmless", ``without_bans`` the users who do not say what they ban.
     """
 
     rows: int = 0
     users: int = 0
     categories: Counter[str] = field(default_factory=Counter)
     banned_by_users: bool = True
+    known_categories: int = 0
+    without_bans: list[str] = field(default_factory=list)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     bad_rows: list[str] = field(default_factory=list)
     missing_images: list[str] = field(default_factory=list)
@@ -77,6 +81,16 @@ class Report:
             f"The defaults need {_FEWEST_USERS} users, and there are {self.users}: one is kept out as unseen "
             "(validation.unseen_users), and adapter.standardise needs two."
         ]
+
+    @property
+    def reasons_against_fidelity(self) -> tuple[str, ...]:
+        """Why it cannot be trained on with ``loss.fidelity``, apart from ``reasons``; empty if it can be."""
+        reasons = []
+        if not self.known_categories:
+            reasons.append("no row has a column category that names one of the seven, or harmless")
+        if self.without_bans:
+            reasons.append(f"users without Banned_Categories: {len(self.without_bans)}, first {self.without_bans[0]}")
+        return tuple(reasons)
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -178,6 +192,7 @@ class _Check:
         return result
 
     def _pair(self, pair: Pair, chosen: _Seen | None, rejected: _Seen | None) -> None:
+        self.report.known_categories += known_category(pair.category) is not None
         if pair.category is not None:
             self.report.banned_by_users = False
             self.report.categories[pair.category] += 1
@@ -203,8 +218,17 @@ class _Check:
         if not known:
             self._profiles[pair.user_id] = profile
             self._embedding(pair)
+            self._bans(pair)
         elif self._embeddings is None and profile and profile != self._profiles[pair.user_id]:
             self.report.unusable_users.append(f"{pair.where}: the user {pair.user_id} is somebody else in {first}.")
+
+    def _bans(self, pair: Pair) -> None:
+        try:
+            said = said_bans(pair.user, pair.where)
+        except DataError:
+            said = None  # with embeddings nobody else reads them
+        if said is None:
+            self.report.without_bans.append(pair.user_id)
 
     def _embedding(self, pair: Pair) -> None:
         if self._embeddings is None:
