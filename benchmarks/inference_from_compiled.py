@@ -60,7 +60,8 @@ def personal_numbers(adapter: PSAAdapter, embeddings: Tensor) -> Tensor:
     """What differs between people in a compiled profile: ``[users, numbers]``."""
     rows = []
     for batch in embeddings.split(BATCH):
-        effect, parts = adapter.effect(batch), []
+        effect = adapter.effect(batch)
+        parts: list[Tensor] = []
         if effect.constant is not None:
             parts += effect.constant.user
         for gate in effect.gated or ():

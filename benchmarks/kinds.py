@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import comfy.model_detection
@@ -183,7 +184,7 @@ def measure(method: Callable[[Layer], Added] | None, layers: tuple[Layer, ...]) 
             add = method(layer)
             out, n = torch.randn(2, 2, layer.positions, layer.hidden)
         # Outside of the block: a default device costs every operation some microseconds.
-        seconds += _fastest(lambda add=add, out=out, n=n: add(out, n), ROUNDS, REPEATS) * times
+        seconds += _fastest(partial(add, out, n), ROUNDS, REPEATS) * times
         with OperationCounter() as counter:
             add(out, n)
         with FlopCounterMode(display=False) as flop_counter:

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from comfyui_psa.adapter import AdapterConfig, EncoderSpec, PSAAdapter, find_sites
 from comfyui_psa.training.config import TrainConfig
+from comfyui_psa.training.dpo.batches import Batches
 from comfyui_psa.training.dpo.denoising import PairBatch
 from comfyui_psa.training.dpo.policy import DTYPES, Policy, configure_unet
 from comfyui_psa.training.dpo.signals import StopSignals
@@ -144,7 +145,8 @@ class PSATrainer:
         policy = Policy(unet, DDPMScheduler(), adapter)
         policy.checkpoint_gradients(config.model)
         validation = Validation(accelerator, {}, pairs=1, batch_size=1)
-        self._trainer = Trainer(config, accelerator, policy, adapter, self, validation, made_from={})
+        batches = cast(Batches, self)  # what the loop asks of them is below
+        self._trainer = Trainer(config, accelerator, policy, adapter, batches, validation, made_from={})
         self._steps = self._trainer.steps(StopSignals())
         self._batch: PairBatch
 
