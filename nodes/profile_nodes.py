@@ -182,7 +182,9 @@ class PSAEncodeProfile(io.ComfyNode):
             "from models/LLM, which is never downloaded by itself, or none at all. Results are kept on disk.",
             inputs=[
                 Adapter.Input("adapter", tooltip="From Load PSA Adapter: it says which encoder to use."),
-                UserProfile.Input("profile", tooltip="From User Safety Profile or Safety Level."),
+                UserProfile.Input(
+                    "profile", tooltip="From User Safety Profile, Safety Level or Strictest Safety Profile."
+                ),
             ],
             outputs=[Embedding.Output("embedding", display_name="embedding", tooltip="For Apply PSA.")],
         )
@@ -207,7 +209,9 @@ class PSAProfileToPrompt(io.ComfyNode):
             "Flux, ...). Weaker than an adapter: what a prompt asks for often shows anyway.",
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of your model."),
-                UserProfile.Input("profile", tooltip="From User Safety Profile or Safety Level."),
+                UserProfile.Input(
+                    "profile", tooltip="From User Safety Profile, Safety Level or Strictest Safety Profile."
+                ),
                 io.String.Input(
                     "text",
                     multiline=True,
