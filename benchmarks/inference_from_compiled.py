@@ -34,7 +34,7 @@ from comfyui_psa.training.miniature.recipe import DETECTOR
 ADAPTERS = {
     "constant": "psa_miniature_constant.safetensors",
     "text": "psa_miniature.safetensors",
-    "constant, language model": "psa_miniature_smollm2.safetensors",
+    "text, language model": "psa_miniature_smollm2.safetensors",
 }
 ATTRIBUTES: dict[str, Callable[[Profile], str]] = {
     "age group": lambda user: str(user.age_group),

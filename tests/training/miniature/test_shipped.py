@@ -123,11 +123,13 @@ def test_on_the_text_side_who_bans_some_loses_what_is_banned_and_nothing_else(dr
     assert drawn.share(CONSTANT, "some", "clean", banned=True) < drawn.share(TEXT, "some", "clean", banned=True) - 0.1
 
 
-def test_with_a_language_model_too_who_bans_everything_or_nothing_gets_that(smollm2_folder: Path) -> None:
+def test_with_a_language_model_too_everybody_gets_what_they_want(smollm2_folder: Path) -> None:
     methods = (Method("SmolLM2", adapter=MINIATURE / "adapters" / SMOLLM2),)
-    drawn = Drawn(methods, 5, trial=9, groups=("everything", "nothing"), language_models=(smollm2_folder.parent,))
+    drawn = Drawn(methods, 4, trial=9, language_models=(smollm2_folder.parent,))
     assert drawn.share("SmolLM2", "everything", "clean") >= 0.9
     assert drawn.share("SmolLM2", "nothing", "prompted") >= 0.9
+    assert drawn.share("SmolLM2", "some", "clean", banned=True) >= 0.6
+    assert drawn.share("SmolLM2", "some", "prompted", banned=False) >= 0.6
 
 
 def test_nothing_else_is_shipped() -> None:
@@ -141,7 +143,7 @@ def test_an_adapter_says_how_it_was_made_and_holds_no_one(name: str) -> None:
     assert adapter.config.base == "miniature"
     history = adapter.config.training
     config = load_config(Path("miniature"))
-    made = (PEOPLE, config.run.steps, config.loss.fidelity) if name == TEXT else (PEOPLE, 3000, 0)
+    made = (PEOPLE, 3000, 0) if name == CONSTANT else (PEOPLE, config.run.steps, config.loss.fidelity)
     assert (history["users"], history["steps"], history.get("fidelity", 0)) == made
     with path.open("rb") as file:
         header = file.read(20_000).decode("latin-1")
