@@ -266,6 +266,12 @@ class TrainConfig(Section):
     validation: ValidationSection = ValidationSection()
     tracking: TrackingSection = TrackingSection()
 
+    @property
+    def reference_runs_along(self) -> bool:
+        """Whether the UNet runs once for policy and reference, and not for each by itself."""
+        model = self.model
+        return model.gradient_checkpointing and not model.compile and not self.loss.remembers_reference
+
     @model_validator(mode="after")
     def _check_null(self) -> TrainConfig:
         if self.adapter.null == "none" and self.loss.user_dropout > 0:

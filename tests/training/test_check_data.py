@@ -334,8 +334,9 @@ def test_the_command_shows_counts_and_changes_nothing(sage: Path) -> None:
             "[]",
             "rows of unknown category, which stay preferences: 4",
         ),
-        (("Hate",) * 6, None, "Not with loss.fidelity: users without Banned_Categories: 3, first 0000001"),
-        (("Hate",) * 6, "['Fear']", "Not with loss.fidelity: users without Banned_Categories: 3, first 0000001"),
+        (("Hate",) * 6, None, "missing or no list of categories: 3 (row 1 of metadata.jsonl)."),
+        (("Hate",) * 6, "['Fear']", "missing or no list of categories: 3 (row 1 of metadata.jsonl)."),
+        (("Hate", "harmless") * 3, "[]", "Not with loss.fidelity: every pair shows what its user allows"),
     ],
 )
 def test_it_says_whether_fidelity_has_what_it_needs(
@@ -350,6 +351,19 @@ def test_it_says_whether_fidelity_has_what_it_needs(
     result = _run(sage, "--embeddings", _embeddings(tmp_path / "embeddings", 4, 4, 4))
     assert result.exit_code == 0
     assert said in result.output
+
+
+def test_a_row_in_which_a_user_stops_saying_their_bans_is_found_for_fidelity(sage: Path, tmp_path: Path) -> None:
+    rows = read_metadata(sage)
+    for row in rows:
+        row |= {
+            "category": "Hate",
+            "user_data": {"User_ID": row["user_data"]["User_ID"], "Banned_Categories": "['Hate']"},
+        }
+    del rows[4]["user_data"]["Banned_Categories"]
+    write_metadata(sage, rows)
+    said = _run(sage, "--embeddings", _embeddings(tmp_path / "embeddings", 4, 4, 4)).output
+    assert "missing or no list of categories: 1 (row 5 of metadata.jsonl)." in said
 
 
 def test_a_long_list_of_findings_ends_with_their_number(tmp_path: Path) -> None:

@@ -163,17 +163,18 @@ def real_batch(base: BaseModel, pairs: int, size: int, embedding_dim: int) -> Pa
     )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "noises"), [(False, 0), (True, 0), (True, 2)])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_activations_are_what_a_real_step_keeps(
-    bases: dict[str, BaseModel], family: str, dtype: str, checkpointing: bool
+    bases: dict[str, BaseModel], family: str, dtype: str, checkpointing: bool, noises: int
 ) -> None:
     base, pairs, dim = bases[family], 2, 10
     config = configuration(
         model={"dtype": dtype, "gradient_checkpointing": checkpointing},
         data={"resolution": 64},
         run={"batch_size": pairs},
+        loss={"noises_per_pair": noises},
     )
     estimate = plan(config, base, 1, dim).memory
 
@@ -183,7 +184,8 @@ def test_activations_are_what_a_real_step_keeps(
     policy.checkpoint_gradients(config.model)
     batch = real_batch(base, pairs, 8, dim)
     known = [*unet.parameters(), *unet.buffers(), *adapter.parameters(), *adapter.buffers()]
-    with Measured(known) as measured, policy.compared_errors(TrainableAdapter(adapter), batch) as errors:
+    reference = policy.reference_errors(batch) if noises else None  # which would be remembered
+    with Measured(known) as measured, policy.compared_errors(TrainableAdapter(adapter), batch, reference) as errors:
         loss = diffusion_dpo_loss(*errors, 5000.0).loss.mean()
     found = measured.bytes
     assert loss.requires_grad

@@ -82,15 +82,16 @@ def test_losses_and_gradients_are_those_of_two_calls(sdxl: bool, kinds: tuple[st
     batch = replace(batch_of(sdxl), allowed=ALLOWED)
     policy = policy_for(unet, adapter)
     expected, reference, gradients = step(policy, adapter, batch, LOSS)
-    assert float((expected - math.log(2)).abs().max()) > 0.001  # the null user's is, but for the constant kind
+    assert float((expected - math.log(2)).abs().max()) > 0.001  # the null user's is ln 2, of most kinds
     policy.checkpoint_gradients(CHECKPOINTED)
     found, same_reference, same_gradients = step(policy, adapter, batch, LOSS, reference if known else None)
     assert torch.allclose(found, expected, rtol=1e-4)
+    assert (same_reference is reference) == known
     for ours, theirs in zip(same_reference, reference, strict=True):
         assert ours is not None
         assert theirs is not None
         assert not ours.requires_grad
-        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert known or torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     assert_same(same_gradients, gradients)
 
 

@@ -47,9 +47,14 @@ def allowed_rows(table: Dataset, source: Path) -> tuple[bool, ...]:
     for where, user, text in zip(*(table[name][:] for name in ("where", "user", "category")), strict=True):
         if user not in bans:
             bans[user] = _bans(user, f"{source}, {where}")
-        category = known_category(text)
-        allowed.append(category is not None and category not in bans[user])
+        allowed.append(allows(bans[user], text))
     return tuple(allowed)
+
+
+def allows(bans: frozenset[str], text: str | None) -> bool:
+    """Return whether who has these bans allows what a pair of the category ``text`` shows: see ``allowed_rows``."""
+    category = known_category(text)
+    return category is not None and category not in bans
 
 
 def _bans(user: str, where: str) -> frozenset[str]:

@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from ...profiles import Profile, banned_categories
 from ..errors import DataError
-from .categories import known_category
+from .categories import allows, known_category
 from .images import open_image
 from .pairs import ImageSource, Pair, Pairs, open_pairs
 from .users import load_user_embedding, read_profile, said_bans
@@ -33,7 +33,8 @@ class Report:
 
     ``sizes`` counts image files by (width, height) in pixels. ``categories`` counts rows by their column
     ``category`` or, if there is none, users by what they ban (``banned_by_users``). ``known_categories`` are rows whose
-    category is one of the seven or "harmless", ``without_bans`` the users who do not say what they ban.
+    category is one of the seven or "harmless", ``preferences`` those that are preferences with ``loss.fidelity``, and
+    ``without_bans`` the users who do not say what they ban, or say something else there, with the first such row.
     """
 
     rows: int = 0
@@ -41,7 +42,8 @@ class Report:
     categories: Counter[str] = field(default_factory=Counter)
     banned_by_users: bool = True
     known_categories: int = 0
-    without_bans: list[str] = field(default_factory=list)
+    preferences: int = 0
+    without_bans: dict[str, str] = field(default_factory=dict)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     bad_rows: list[str] = field(default_factory=list)
     missing_images: list[str] = field(default_factory=list)
@@ -89,7 +91,10 @@ class Report:
         if not self.known_categories:
             reasons.append("no row has a column category that names one of the seven, or harmless")
         if self.without_bans:
-            reasons.append(f"users without Banned_Categories: {len(self.without_bans)}, first {self.without_bans[0]}")
+            users, where = len(self.without_bans), next(iter(self.without_bans.values()))
+            reasons.append(f"users whose Banned_Categories are missing or no list of categories: {users} ({where})")
+        elif not self.preferences:
+            reasons.append("every pair shows what its user allows, so that there is nothing to learn")
         return tuple(reasons)
 
     @property
@@ -163,6 +168,7 @@ class _Check:
         for pair in pairs:
             self._pair(pair, *(self._images[_key(pair, side, source)] for side, source in _images(pair)))
             self._user(pair)
+            self._bans(pair)
         for key in [key for key in new if not isinstance(key, Path)]:
             del self._images[key]
 
@@ -218,7 +224,6 @@ class _Check:
         if not known:
             self._profiles[pair.user_id] = profile
             self._embedding(pair)
-            self._bans(pair)
         elif self._embeddings is None and profile and profile != self._profiles[pair.user_id]:
             self.report.unusable_users.append(f"{pair.where}: the user {pair.user_id} is somebody else in {first}.")
 
@@ -228,7 +233,9 @@ class _Check:
         except DataError:
             said = None  # with embeddings nobody else reads them
         if said is None:
-            self.report.without_bans.append(pair.user_id)
+            self.report.without_bans.setdefault(pair.user_id, pair.where)
+        elif not allows(said, pair.category):
+            self.report.preferences += 1
 
     def _embedding(self, pair: Pair) -> None:
         if self._embeddings is None:

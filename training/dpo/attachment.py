@@ -2,7 +2,7 @@
 
 A forward pre-hook on ``to_out[0]`` adds it, so whatever computes the attention (SDPA, xformers, a compiled
 graph) stays as it is; gates also read the layer's input, which a pre-hook on the layer itself takes down. With nothing
-applied the UNet is, bit for bit, the base: that is the DPO reference.
+applied the UNet is, bit for bit, the base: the DPO reference, where that does not run along behind the users' pictures.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Attachment:
     ) -> Iterator[None]:
         """Within the block, add at site ``i`` the vectors ``[batch, hidden_i]``, and what the gate gives.
 
-        With ``pictures`` they are for that many at the beginning of the batch, and the others are the base's.
+        With ``pictures`` vectors and gates are those of that many at the beginning of the batch, ``[pictures, ...]``,
+        and the others stay the base's.
         With gradient checkpointing the backward pass runs layers again: it belongs into the block too.
         """
         additions = zip_longest(vectors, gates)

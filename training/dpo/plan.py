@@ -198,12 +198,12 @@ def _activations(
     batch = _empty_batch(config, base, adapter)
     modules = (unet, adapter)
     kept = _Kept(_storage(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers()))
-    reference: PairErrors | None = PairErrors(*torch.empty((2, config.run.batch_size), device="meta"))
-    policy.checkpoint_gradients(config.model.model_copy(update={"compile": False}))  # which keeps as much
+    # Of a compiled UNet: diffusers' checkpointing keeps as much as ours without the reference.
+    policy.checkpoint_gradients(config.model.model_copy(update={"compile": False}))
     if policy.recomputation is not None:
         unet.enable_gradient_checkpointing(kept.checkpoint(policy.recomputation))
-        if not config.model.compile and not config.loss.remembers_reference:
-            reference = None  # it runs along with the policy
+    known = PairErrors(*torch.empty((2, config.run.batch_size), device="meta"))
+    reference = None if config.reference_runs_along else known
     with _FusedAttention(), kept.hooks(), policy.compared_errors(effects, batch, reference) as errors:
         diffusion_dpo_loss(*errors, config.loss.beta).loss.mean()
     return kept.bytes, kept.largest_layer
@@ -251,7 +251,7 @@ class _Kept:
 
         def run(block: nn.Module, *args: Any) -> Tensor:
             inputs = [arg for arg in args if isinstance(arg, Tensor)]
-            again = iter(recomputation.policys(inputs))
+            again = iter(recomputation.policy_share(inputs))
             inside = _Kept(self._known | set(self._tensors) | set(map(_storage, inputs)))
             with inside.hooks():
                 block(*(next(again) if isinstance(arg, Tensor) else arg for arg in args))

@@ -1,6 +1,6 @@
 """Gradient checkpointing of a batch of which the first pictures need gradients: the policy's, not the reference's.
 
-Each block runs once for all of them, without a graph. The backward pass runs it again, for the policy's pictures alone:
+Each block runs once for all of them and keeps its inputs. The backward pass runs it again, for the policy's alone:
 what the reference costs is its share of a larger batch, and no call of its own. What the adapter adds inside a block is
 an input of it like all others, so gradients reach the adapter as without checkpointing. The little that is between
 blocks (norms, up and down sampling) has a graph for all pictures; the reference's gradients are zero there.
@@ -29,7 +29,7 @@ class Recomputation:
         """Keep to the ``attachment`` of the UNet: its users' pictures are those that get gradients."""
         self._attachment = attachment
 
-    def policys(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def policy_share(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the policy's share of tensors ``[batch, ...]``, as views."""
         return [tensor[: self._attachment.pictures] for tensor in tensors]
 
@@ -48,7 +48,7 @@ class Recomputation:
                 output: Tensor = block(*(next(rest) if other is None else other[0] for other in others))
             return output
 
-        output: Tensor = _Recomputed.apply(run, self.policys, len(inputs), *inputs, *added)
+        output: Tensor = _Recomputed.apply(run, self.policy_share, len(inputs), *inputs, *added)
         return output
 
 
@@ -59,13 +59,13 @@ class _Recomputed(torch.autograd.Function):
     def forward(
         ctx: Any,
         run: Callable[..., Tensor],
-        policys: Callable[[Sequence[Tensor]], list[Tensor]],
+        policy_share: Callable[[Sequence[Tensor]], list[Tensor]],
         count: int,
         *tensors: Tensor,
     ) -> Tensor:
         inputs, added = tensors[:count], tensors[count:]
         ctx.run, ctx.count, ctx.batch = run, count, len(inputs[0])
-        kept = policys(inputs)
+        kept = policy_share(inputs)
         # The first is this block's own: a view would keep the reference's pictures too. The others are every block's.
         first = inputs[0] if len(kept[0]) == ctx.batch else kept[0].clone()
         ctx.save_for_backward(first, *kept[1:], *added)

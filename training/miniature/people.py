@@ -118,7 +118,7 @@ def _stream(seed: int) -> Iterator[Profile]:
         size, seen = 2 * size, size
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)  # every group of people begins the stream anew
 def _crowd(count: int, seed: int) -> tuple[Profile, ...]:
     return tuple(simulate_users(count, seed))
 

@@ -123,13 +123,14 @@ def test_on_the_text_side_who_bans_some_loses_what_is_banned_and_nothing_else(dr
     assert drawn.share(CONSTANT, "some", "clean", banned=True) < drawn.share(TEXT, "some", "clean", banned=True) - 0.1
 
 
-def test_with_a_language_model_too_everybody_gets_what_they_want(smollm2_folder: Path) -> None:
+def test_with_a_language_model_too_boundaries_are_followed(smollm2_folder: Path) -> None:
     methods = (Method("SmolLM2", adapter=MINIATURE / "adapters" / SMOLLM2),)
     drawn = Drawn(methods, 4, trial=9, language_models=(smollm2_folder.parent,))
     assert drawn.share("SmolLM2", "everything", "clean") >= 0.9
     assert drawn.share("SmolLM2", "nothing", "prompted") >= 0.9
-    assert drawn.share("SmolLM2", "some", "clean", banned=True) >= 0.6
-    assert drawn.share("SmolLM2", "some", "prompted", banned=False) >= 0.6
+    # The paper's form gets half of these with such embeddings.
+    assert drawn.share("SmolLM2", "some", "clean", banned=True) >= 0.75
+    assert drawn.share("SmolLM2", "some", "prompted", banned=False) >= 0.75
 
 
 def test_nothing_else_is_shipped() -> None:
