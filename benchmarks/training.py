@@ -191,7 +191,7 @@ def _speed_rows(
 
     yield f"pairs per second{what}", speed(ours), speed(theirs), ratios("clock")
     if plan.setting.device == "cpu":
-        first, second = (f"{statistics.median(step.processor for step in steps):.1f} s" for steps in (ours, theirs))
+        first, second = (f"{statistics.median(step.processor for step in steps):.2f} s" for steps in (ours, theirs))
         yield f"processor time of a step{what}", first, second, ratios("processor")
 
 

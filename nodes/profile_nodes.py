@@ -23,6 +23,8 @@ from .encode import encode_profile
 from .folders import EMBEDDINGS, check_file, file_fingerprint, file_names, find_file, missing_file, profile_store
 from .schema import Adapter, Embedding, UserProfile, node_schema
 
+_FROM = "From User Safety Profile, Safety Level or Strictest Safety Profile."
+
 
 class PSASafetyLevel(io.ComfyNode):
     """Offers the six levels of the paper as profiles."""
@@ -182,9 +184,7 @@ class PSAEncodeProfile(io.ComfyNode):
             "from models/LLM, which is never downloaded by itself, or none at all. Results are kept on disk.",
             inputs=[
                 Adapter.Input("adapter", tooltip="From Load PSA Adapter: it says which encoder to use."),
-                UserProfile.Input(
-                    "profile", tooltip="From User Safety Profile, Safety Level or Strictest Safety Profile."
-                ),
+                UserProfile.Input("profile", tooltip=_FROM),
             ],
             outputs=[Embedding.Output("embedding", display_name="embedding", tooltip="For Apply PSA.")],
         )
@@ -209,9 +209,7 @@ class PSAProfileToPrompt(io.ComfyNode):
             "Flux, ...). Weaker than an adapter: what a prompt asks for often shows anyway.",
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of your model."),
-                UserProfile.Input(
-                    "profile", tooltip="From User Safety Profile, Safety Level or Strictest Safety Profile."
-                ),
+                UserProfile.Input("profile", tooltip=_FROM),
                 io.String.Input(
                     "text",
                     multiline=True,
